@@ -1,0 +1,453 @@
+/* _core.c - the binding: the only file that knows Python and NumPy. Parse, check everything, release the GIL, call the
+ * core once, map the status. */
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+
+#include <numpy/arrayobject.h>
+
+#include "gsgd.h"
+
+enum { MAX_NDIM = 8, MAX_ROLES = 4 };
+
+/* What the plan expects of an array. */
+typedef struct {
+    PyObject *name;
+    gsgd_type type;
+    int ndim;
+    ptrdiff_t shape[MAX_NDIM];
+} spec;
+
+typedef struct {
+    PyObject_HEAD
+    gsgd_plan *plan;
+    ptrdiff_t units, arrays;
+    spec *spec;
+    gsgd_array *array;  /* (MAX_ROLES, arrays) */
+    ptrdiff_t *strides; /* (MAX_ROLES, arrays, MAX_NDIM) */
+    int busy;
+} Plan;
+
+static int type_number(gsgd_type type) { return type == GSGD_FLOAT32 ? NPY_FLOAT32 : NPY_FLOAT64; }
+
+/* Fill role `role` from a list of arrays as the specs say; NULL with an exception set. */
+static const gsgd_array *take_arrays(Plan *self, PyObject *list, int role, const char *what, int as_float64,
+                                     int writable) {
+    gsgd_array *arrays = self->array + role * self->arrays;
+    if (!PyList_Check(list) || PyList_Size(list) != self->arrays) {
+        PyErr_Format(PyExc_TypeError, "%s: expected a list of %zd arrays", what, (Py_ssize_t)self->arrays);
+        return NULL;
+    }
+    for (ptrdiff_t i = 0; i < self->arrays; ++i) {
+        const spec *s = &self->spec[i];
+        PyObject *item = PyList_GetItem(list, i);
+        if (!PyArray_Check(item)) {
+            PyErr_Format(PyExc_TypeError, "%s of %R: expected a NumPy array, got %R", what, s->name,
+                         (PyObject *)Py_TYPE(item));
+            return NULL;
+        }
+        PyArrayObject *a = (PyArrayObject *)item;
+        int number = as_float64 ? NPY_FLOAT64 : type_number(s->type);
+        if (PyArray_TYPE(a) != number || !PyArray_ISBEHAVED_RO(a)) {
+            PyErr_Format(PyExc_TypeError, "%s of %R: expected dtype %s in native byte order, aligned, got %R", what, s->name,
+                         number == NPY_FLOAT32 ? "float32" : "float64", (PyObject *)PyArray_DESCR(a));
+            return NULL;
+        }
+        int same = PyArray_NDIM(a) == s->ndim;
+        for (int d = 0; same && d < s->ndim; ++d)
+            same = PyArray_DIM(a, d) == s->shape[d];
+        if (!same) {
+            PyObject *expected = PyArray_IntTupleFromIntp(s->ndim, s->shape);
+            PyObject *got = PyArray_IntTupleFromIntp(PyArray_NDIM(a), PyArray_DIMS(a));
+            if (expected != NULL && got != NULL)
+                PyErr_Format(PyExc_ValueError, "%s of %R: expected shape %R, got %R", what, s->name, expected, got);
+            Py_XDECREF(expected);
+            Py_XDECREF(got);
+            return NULL;
+        }
+        if (writable && !PyArray_ISWRITEABLE(a)) {
+            PyErr_Format(PyExc_ValueError, "%s of %R: expected a writable array, it is read-only", what, s->name);
+            return NULL;
+        }
+        ptrdiff_t *strides = self->strides + (role * self->arrays + i) * MAX_NDIM;
+        ptrdiff_t size = number == NPY_FLOAT32 ? sizeof(float) : sizeof(double);
+        for (int d = 0; d < s->ndim; ++d) {
+            if (PyArray_DIM(a, d) > 1 && PyArray_STRIDE(a, d) % size) {
+                PyErr_Format(PyExc_ValueError, "%s of %R: expected strides that are multiples of %zd bytes", what,
+                             s->name, (Py_ssize_t)size);
+                return NULL;
+            }
+            strides[d] = PyArray_STRIDE(a, d) / size;
+        }
+        arrays[i] = (gsgd_array){PyArray_DATA(a), strides};
+    }
+    return arrays;
+}
+
+/* A contiguous array of `units` rows of the given type, or NULL with an exception set. */
+static void *take_units(const Plan *self, PyObject *x, int number, int ndim, const char *what) {
+    if (PyArray_Check(x)) {
+        PyArrayObject *a = (PyArrayObject *)x;
+        if (PyArray_TYPE(a) == number && PyArray_IS_C_CONTIGUOUS(a) && PyArray_ISBEHAVED_RO(a) &&
+            PyArray_NDIM(a) == ndim && PyArray_DIM(a, 0) == self->units && (ndim == 1 || PyArray_DIM(a, 1) == 2))
+            return PyArray_DATA(a);
+    }
+    PyErr_Format(PyExc_ValueError, "%s: expected a contiguous array with one row per unit (%zd)", what,
+                 (Py_ssize_t)self->units);
+    return NULL;
+}
+
+/* A plan has scratch memory of its own, so that one call at a time may use it. */
+static int enter(Plan *self) {
+    if (self->busy)
+        PyErr_SetString(PyExc_RuntimeError, "the plan is in use by another thread");
+    else
+        self->busy = 1;
+    return self->busy && !PyErr_Occurred();
+}
+
+static PyObject *raise_not_finite(int64_t unit) {
+    PyObject *number = PyLong_FromLongLong(unit);
+    if (number != NULL)
+        PyErr_SetObject(PyExc_FloatingPointError, number);
+    Py_XDECREF(number);
+    return NULL;
+}
+
+static int take_spec(PyObject *item, spec *to) {
+    PyObject *shape;
+    int type;
+    if (!PyArg_ParseTuple(item, "UO!C", &to->name, &PyTuple_Type, &shape, &type))
+        return 0;
+    if (PyTuple_Size(shape) > MAX_NDIM) {
+        PyErr_Format(PyExc_ValueError, "parameter %R: expected at most %d dimensions", to->name, MAX_NDIM);
+        return 0;
+    }
+    to->type = type == 'f' ? GSGD_FLOAT32 : GSGD_FLOAT64;
+    to->ndim = (int)PyTuple_Size(shape);
+    for (int d = 0; d < to->ndim; ++d)
+        to->shape[d] = PyLong_AsSsize_t(PyTuple_GetItem(shape, d));
+    if (PyErr_Occurred())
+        return 0;
+    Py_INCREF(to->name);
+    return 1;
+}
+
+/* Unit ids of a block, as many as its groups times rows (or columns). */
+static const int64_t *take_ids(PyObject *x, ptrdiff_t count) {
+    PyArrayObject *a = (PyArrayObject *)x;
+    if (PyArray_TYPE(a) != NPY_INT64 || !PyArray_IS_C_CONTIGUOUS(a) || PyArray_SIZE(a) != count) {
+        PyErr_SetString(PyExc_ValueError, "expected contiguous int64 unit ids, one per row and one per column");
+        return NULL;
+    }
+    return PyArray_DATA(a);
+}
+
+static int take_block(PyObject *item, gsgd_block *b) {
+    ptrdiff_t extent[GSGD_NDIM], step[GSGD_NDIM];
+    int axis[GSGD_NDIM];
+    PyObject *rows, *cols;
+    if (!PyArg_ParseTuple(item, "n(nnnnnn)(iiiiii)(nnnnnn)inO!O!", &b->array, &extent[0], &extent[1],
+                          &extent[2], &extent[3], &extent[4], &extent[5], &axis[0], &axis[1], &axis[2],
+                          &axis[3], &axis[4], &axis[5], &step[0], &step[1], &step[2], &step[3], &step[4],
+                          &step[5], &b->start_axis, &b->start, &PyArray_Type, &rows, &PyArray_Type, &cols))
+        return 0;
+    for (int d = 0; d < GSGD_NDIM; ++d)
+        b->dim[d] = (gsgd_dim){extent[d], step[d], axis[d]};
+    b->row_unit = take_ids(rows, extent[GSGD_GROUP] * extent[GSGD_ROW]);
+    b->col_unit = take_ids(cols, extent[GSGD_GROUP] * extent[GSGD_COL]);
+    return b->row_unit != NULL && b->col_unit != NULL;
+}
+
+/* Whether every entry of the block lies in its array. */
+static int block_fits(const gsgd_block *b, const spec *s) {
+    ptrdiff_t last[MAX_NDIM] = {0};
+    if (b->start_axis < 0 || b->start_axis >= (s->ndim ? s->ndim : 1) || b->start < 0)
+        return 0;
+    last[b->start_axis] = b->start;
+    for (int d = 0; d < GSGD_NDIM; ++d) {
+        if (b->dim[d].extent < 0 || b->dim[d].step < 0 || b->dim[d].axis < 0 ||
+            b->dim[d].axis >= (s->ndim ? s->ndim : 1))
+            return 0;
+        if (b->dim[d].extent == 0)
+            return 1;
+        last[b->dim[d].axis] += b->dim[d].step * (b->dim[d].extent - 1);
+    }
+    for (int d = 0; d < s->ndim; ++d)
+        if (last[d] >= s->shape[d])
+            return 0;
+    return s->ndim > 0 || last[0] == 0;
+}
+
+static PyObject *Plan_new(PyTypeObject *type, PyObject *args, PyObject *kwargs) {
+    Py_ssize_t units;
+    PyObject *specs, *blocks;
+    gsgd_block *block = NULL;
+    gsgd_type *types = NULL;
+    int ok = 0;
+    if (kwargs != NULL && PyDict_Size(kwargs)) {
+        PyErr_SetString(PyExc_TypeError, "Plan takes no keyword arguments");
+        return NULL;
+    }
+    if (!PyArg_ParseTuple(args, "nO!O!", &units, &PyList_Type, &specs, &PyList_Type, &blocks))
+        return NULL;
+    allocfunc alloc = (allocfunc)PyType_GetSlot(type, Py_tp_alloc);
+    Plan *self = (Plan *)alloc(type, 0);
+    if (self == NULL)
+        return NULL;
+    Py_ssize_t count = PyList_Size(blocks), arrays = PyList_Size(specs);
+    self->units = units;
+    self->spec = PyMem_Calloc((size_t)arrays + 1, sizeof *self->spec);
+    self->array = PyMem_Calloc((size_t)arrays * MAX_ROLES + 1, sizeof *self->array);
+    self->strides = PyMem_Calloc((size_t)arrays * MAX_ROLES * MAX_NDIM + 1, sizeof *self->strides);
+    block = PyMem_Calloc((size_t)count + 1, sizeof *block);
+    types = PyMem_Calloc((size_t)arrays + 1, sizeof *types);
+    if (!self->spec || !self->array || !self->strides || !block || !types) {
+        PyErr_NoMemory();
+        goto done;
+    }
+    for (; self->arrays < arrays; ++self->arrays) {
+        spec *s = &self->spec[self->arrays];
+        if (!take_spec(PyList_GetItem(specs, self->arrays), s))
+            goto done;
+        types[self->arrays] = s->type;
+    }
+    for (Py_ssize_t k = 0; k < count; ++k) {
+        if (!take_block(PyList_GetItem(blocks, k), &block[k]))
+            goto done;
+        if (block[k].array < 0 || block[k].array >= arrays || !block_fits(&block[k], &self->spec[block[k].array])) {
+            PyErr_Format(PyExc_ValueError, "block %zd does not lie in its array", k);
+            goto done;
+        }
+    }
+    if (gsgd_create(&self->plan, units, arrays, types, count, block) != GSGD_OK)
+        PyErr_SetString(PyExc_ValueError, "a block refers to a unit that does not exist");
+    else if (self->plan == NULL)
+        PyErr_NoMemory();
+    else
+        ok = 1;
+done:
+    PyMem_Free(block);
+    PyMem_Free(types);
+    if (!ok)
+        Py_CLEAR(self);
+    return (PyObject *)self;
+}
+
+static void Plan_dealloc(PyObject *object) {
+    Plan *self = (Plan *)object;
+    PyTypeObject *type = Py_TYPE(object);
+    freefunc release = (freefunc)PyType_GetSlot(type, Py_tp_free);
+    gsgd_destroy(self->plan);
+    for (ptrdiff_t i = 0; self->spec != NULL && i < self->arrays; ++i)
+        Py_XDECREF(self->spec[i].name);
+    PyMem_Free(self->spec);
+    PyMem_Free(self->array);
+    PyMem_Free(self->strides);
+    release(object);
+    Py_DECREF(type);
+}
+
+static PyObject *Plan_choose_trees(PyObject *object, PyObject *args) {
+    Plan *self = (Plan *)object;
+    PyObject *weights, *scale, *in = NULL, *out = NULL, *result = NULL;
+    int largest;
+    if (!PyArg_ParseTuple(args, "OpO", &weights, &largest, &scale))
+        return NULL;
+    const gsgd_array *w = take_arrays(self, weights, 0, "parameter", 0, 0);
+    const double *c = NULL;
+    if (w == NULL || (scale != Py_None && (c = take_units(self, scale, NPY_FLOAT64, 1, "scale")) == NULL))
+        return NULL;
+    npy_intp shape[2] = {self->units, 2};
+    in = PyArray_SimpleNew(2, shape, NPY_INT64);
+    out = PyArray_SimpleNew(2, shape, NPY_INT64);
+    if (in != NULL && out != NULL && enter(self)) {
+        gsgd_rule rule = largest ? GSGD_LARGEST : GSGD_MODULO;
+        gsgd_edge *to_in = PyArray_DATA((PyArrayObject *)in), *to_out = PyArray_DATA((PyArrayObject *)out);
+        Py_BEGIN_ALLOW_THREADS
+        gsgd_choose_trees(self->plan, w, rule, c, to_in, to_out);
+        Py_END_ALLOW_THREADS
+        self->busy = 0;
+        result = Py_BuildValue("OO", in, out);
+    }
+    Py_XDECREF(in);
+    Py_XDECREF(out);
+    return result;
+}
+
+static PyObject *Plan_set_trees(PyObject *object, PyObject *args) {
+    Plan *self = (Plan *)object;
+    PyObject *in, *out, *free_in;
+    int64_t unit;
+    if (!PyArg_ParseTuple(args, "OO", &in, &out))
+        return NULL;
+    const gsgd_edge *from_in = take_units(self, in, NPY_INT64, 2, "in_edges");
+    const gsgd_edge *from_out = from_in ? take_units(self, out, NPY_INT64, 2, "out_edges") : NULL;
+    if (from_out == NULL || !enter(self))
+        return NULL;
+    npy_intp shape[1] = {self->units};
+    free_in = PyArray_SimpleNew(1, shape, NPY_BOOL);
+    if (free_in != NULL &&
+        gsgd_set_trees(self->plan, from_in, from_out, PyArray_DATA((PyArrayObject *)free_in), &unit) != GSGD_OK) {
+        Py_CLEAR(free_in);
+        PyErr_Format(PyExc_ValueError, "the skeleton edges of unit %lld make no tree", (long long)unit);
+    }
+    self->busy = 0;
+    return free_in;
+}
+
+static PyObject *Plan_set_reference(PyObject *object, PyObject *args) {
+    Plan *self = (Plan *)object;
+    PyObject *x[3];
+    const double *from[3];
+    static const char *const names[3] = {"in", "out", "c"};
+    if (!PyArg_ParseTuple(args, "OOO", &x[0], &x[1], &x[2]))
+        return NULL;
+    for (int i = 0; i < 3; ++i)
+        if ((from[i] = take_units(self, x[i], NPY_FLOAT64, 1, names[i])) == NULL)
+            return NULL;
+    if (!enter(self))
+        return NULL;
+    gsgd_set_reference(self->plan, from[0], from[1], from[2]);
+    self->busy = 0;
+    Py_RETURN_NONE;
+}
+
+static PyObject *Plan_step(PyObject *object, PyObject *args) {
+    Plan *self = (Plan *)object;
+    PyObject *weights, *gradients, *sums, *momenta;
+    gsgd_options o;
+    const gsgd_array *w, *g, *s, *m = NULL;
+    if (!PyArg_ParseTuple(args, "OOOOddddpi", &weights, &gradients, &sums, &momenta, &o.lr, &o.momentum,
+                          &o.weight_decay, &o.max_ratio, &o.nesterov, &o.threads))
+        return NULL;
+    if (!enter(self))
+        return NULL;
+    ptrdiff_t clamped = 0;
+    int64_t unit = -1;
+    gsgd_status status = GSGD_OK;
+    if ((w = take_arrays(self, weights, 0, "parameter", 0, 1)) == NULL ||
+        (g = take_arrays(self, gradients, 1, "gradient", 0, 0)) == NULL ||
+        (s = sums == Py_None ? g : take_arrays(self, sums, 2, "summed gradient", 0, 0)) == NULL ||
+        (momenta != Py_None && (m = take_arrays(self, momenta, 3, "momentum", 0, 1)) == NULL))
+        goto done;
+    Py_BEGIN_ALLOW_THREADS
+    status = gsgd_step(self->plan, w, g, s, m, &o, &clamped, &unit);
+    Py_END_ALLOW_THREADS
+done:
+    self->busy = 0;
+    if (PyErr_Occurred())
+        return NULL;
+    return status == GSGD_OK ? PyLong_FromSsize_t(clamped) : raise_not_finite(unit);
+}
+
+static PyObject *Plan_path_values(PyObject *object, PyObject *args) {
+    Plan *self = (Plan *)object;
+    PyObject *weights, *values, *logs;
+    const gsgd_array *w, *v, *l = NULL;
+    if (!PyArg_ParseTuple(args, "OOO", &weights, &values, &logs) || !enter(self))
+        return NULL;
+    if ((w = take_arrays(self, weights, 0, "parameter", 0, 0)) != NULL &&
+        (v = take_arrays(self, values, 1, "path value", 1, 1)) != NULL &&
+        (logs == Py_None || (l = take_arrays(self, logs, 2, "logarithm", 1, 1)) != NULL)) {
+        Py_BEGIN_ALLOW_THREADS
+        gsgd_path_values(self->plan, w, v, l);
+        Py_END_ALLOW_THREADS
+    }
+    self->busy = 0;
+    if (PyErr_Occurred())
+        return NULL;
+    Py_RETURN_NONE;
+}
+
+static PyObject *Plan_path_gradients(PyObject *object, PyObject *args) {
+    Plan *self = (Plan *)object;
+    PyObject *weights, *gradients, *out;
+    const gsgd_array *w, *g, *d;
+    int finite = 1;
+    if (!PyArg_ParseTuple(args, "OOO", &weights, &gradients, &out) || !enter(self))
+        return NULL;
+    if ((w = take_arrays(self, weights, 0, "parameter", 0, 0)) != NULL &&
+        (g = take_arrays(self, gradients, 1, "gradient", 0, 0)) != NULL &&
+        (d = take_arrays(self, out, 2, "path gradient", 1, 1)) != NULL) {
+        Py_BEGIN_ALLOW_THREADS
+        finite = gsgd_path_gradients(self->plan, w, g, d);
+        Py_END_ALLOW_THREADS
+    }
+    self->busy = 0;
+    if (PyErr_Occurred())
+        return NULL;
+    if (!finite)
+        return raise_not_finite(-1);
+    Py_RETURN_NONE;
+}
+
+static PyObject *Plan_allocate(PyObject *object, PyObject *args) {
+    Plan *self = (Plan *)object;
+    PyObject *weights, *ratios, *out;
+    const gsgd_array *w, *r, *to;
+    if (!PyArg_ParseTuple(args, "OOO", &weights, &ratios, &out) || !enter(self))
+        return NULL;
+    if ((w = take_arrays(self, weights, 0, "parameter", 0, 0)) != NULL &&
+        (r = take_arrays(self, ratios, 1, "ratio", 1, 0)) != NULL &&
+        (to = take_arrays(self, out, 2, "new weight", 0, 1)) != NULL) {
+        Py_BEGIN_ALLOW_THREADS
+        gsgd_allocate(self->plan, w, r, to);
+        Py_END_ALLOW_THREADS
+    }
+    self->busy = 0;
+    if (PyErr_Occurred())
+        return NULL;
+    Py_RETURN_NONE;
+}
+
+static PyMethodDef Plan_methods[] = {
+    {"choose_trees", Plan_choose_trees, METH_VARARGS, "choose_trees(weights, largest, scale) -> (in_edges, out_edges)"},
+    {"set_trees", Plan_set_trees, METH_VARARGS, "set_trees(in_edges, out_edges) -> whether each in-edge is free"},
+    {"set_reference", Plan_set_reference, METH_VARARGS, "set_reference(in_weights, out_weights, c)"},
+    {"step", Plan_step, METH_VARARGS,
+     "step(weights, gradients, sums, momenta, lr, momentum, weight_decay, max_ratio, nesterov, threads) -> number clamped"},
+    {"path_values", Plan_path_values, METH_VARARGS, "path_values(weights, values, logs)"},
+    {"path_gradients", Plan_path_gradients, METH_VARARGS, "path_gradients(weights, gradients, out)"},
+    {"allocate", Plan_allocate, METH_VARARGS, "allocate(weights, ratios, out)"},
+    {NULL, NULL, 0, NULL},
+};
+
+static PyType_Slot Plan_slots[] = {
+    {Py_tp_new, Plan_new},
+    {Py_tp_dealloc, Plan_dealloc},
+    {Py_tp_methods, Plan_methods},
+    {Py_tp_doc, "Plan(units, specs, blocks)\n--\n\nThe three stages on NumPy buffers, in C."},
+    {0, NULL},
+};
+
+static PyType_Spec Plan_spec = {
+    .name = "gsgd._core.Plan",
+    .basicsize = sizeof(Plan),
+    .flags = Py_TPFLAGS_DEFAULT,
+    .slots = Plan_slots,
+};
+
+static int exec_module(PyObject *module) {
+    PyObject *type = NULL;
+    int failed = PyArray_ImportNumPyAPI() < 0 || (type = PyType_FromModuleAndSpec(module, &Plan_spec, NULL)) == NULL ||
+                 PyModule_AddObjectRef(module, "Plan", type) < 0;
+    Py_XDECREF(type);
+    return failed ? -1 : 0;
+}
+
+static PyModuleDef_Slot module_slots[] = {
+    {Py_mod_exec, exec_module},
+#ifdef Py_mod_gil
+    {Py_mod_gil, Py_MOD_GIL_NOT_USED},
+#endif
+    {0, NULL},
+};
+
+static struct PyModuleDef module = {
+    PyModuleDef_HEAD_INIT,
+    .m_name = "_core",
+    .m_doc = "The C core of gsgd.",
+    .m_slots = module_slots,
+};
+
+PyMODINIT_FUNC PyInit__core(void) { return PyModuleDef_Init(&module); }

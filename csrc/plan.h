@@ -1,0 +1,107 @@
+/* plan.h - what the parts of the core share. */
+#ifndef GSGD_PLAN_H
+#define GSGD_PLAN_H
+
+#include "gsgd.h"
+
+enum { PANEL = 1024 }; /* columns of one accumulator: it stays in the L1 cache */
+
+/* A buffer through the eyes of a block. */
+typedef struct {
+    void *data;
+    ptrdiff_t stride[GSGD_NDIM];
+} view;
+
+typedef struct {
+    gsgd_dim dim[GSGD_NDIM];
+    gsgd_type type;
+    int start_axis;
+    ptrdiff_t array, start;
+    ptrdiff_t groups, rows, cols, taps; /* taps: of all three tap dimensions */
+    int gathers;                        /* some source is a unit */
+    int64_t *row_unit, *col_unit;
+    double *column_sum; /* (groups, cols, taps): sums over rows of w g */
+    void *row_b, *row_inv_b;                /* (groups, rows), of the block's type */
+    /* (groups, cols * taps) of the block's type; PANEL ones for all when the block does not gather */
+    void *line_a, *line_inv_a, *line_inv_rho;
+    view w, g, s, m;                        /* of the call at work: weights, gradients, their sums', momenta */
+    int by_rows;                            /* whether a line over columns and taps is contiguous in all views */
+    ptrdiff_t placed[GSGD_NDIM];            /* the strides of a line for which place and unplace hold */
+    ptrdiff_t *place, *unplace;             /* memory order of a line -> C order, and back */
+    int shuffled;                           /* they differ */
+    ptrdiff_t gather_pieces, gather_chunk, apply_pieces, apply_chunk;
+} block;
+
+/* A tree edge, ready to be read. */
+typedef struct {
+    ptrdiff_t block;
+    ptrdiff_t index[GSGD_NDIM];
+} tree_edge;
+
+/* Per-unit arrays begin at [-1], which stands for a pinned end. */
+struct gsgd_plan {
+    ptrdiff_t units, blocks;
+    block *block;
+    tree_edge *in, *out;
+    int64_t *in_unit;        /* source of the in-edge */
+    int64_t *out_unit;       /* destination of the out-edge */
+    int64_t *root;           /* the unit whose chain ratio moves this unit */
+    uint8_t *active;         /* has edges */
+    uint8_t *in_is_free;     /* the in-edge is the source's out-edge */
+    ptrdiff_t num_active;
+    int64_t *in_order, *out_order; /* active units: sources first, destinations first */
+    double *in0, *out0, *c;        /* the reference scale */
+    double *a, *b, *inv_rho;       /* A, B and 1 / rho of method section 4 */
+    double *sum;                   /* S, by chain root */
+    double *ratio;                 /* R */
+    double *new_in, *new_momentum, *kept_out; /* tree weights after the step */
+    double *memory;                /* all of the above lies in here */
+};
+
+/* Index a block's unit ids and a view. */
+static inline ptrdiff_t offset_of(const view *v, const ptrdiff_t index[GSGD_NDIM]) {
+    ptrdiff_t offset = 0;
+    for (int d = 0; d < GSGD_NDIM; ++d)
+        offset += index[d] * v->stride[d];
+    return offset;
+}
+
+static inline double load(gsgd_type type, const view *v, const ptrdiff_t index[GSGD_NDIM]) {
+    ptrdiff_t i = offset_of(v, index);
+    return type == GSGD_FLOAT32 ? (double)((const float *)v->data)[i] : ((const double *)v->data)[i];
+}
+
+static inline void store(gsgd_type type, const view *v, const ptrdiff_t index[GSGD_NDIM], double x) {
+    ptrdiff_t i = offset_of(v, index);
+    if (type == GSGD_FLOAT32)
+        ((float *)v->data)[i] = (float)x;
+    else
+        ((double *)v->data)[i] = x;
+}
+
+static inline int64_t row_unit(const block *b, const ptrdiff_t index[GSGD_NDIM]) {
+    return b->row_unit[index[GSGD_GROUP] * b->rows + index[GSGD_ROW]];
+}
+
+static inline int64_t col_unit(const block *b, const ptrdiff_t index[GSGD_NDIM]) {
+    return b->col_unit[index[GSGD_GROUP] * b->cols + index[GSGD_COL]];
+}
+
+/* The next index in C order; 0 after the last. */
+static inline int advance(const block *b, ptrdiff_t index[GSGD_NDIM]) {
+    for (int d = GSGD_NDIM; d-- > 0; index[d] = 0)
+        if (++index[d] < b->dim[d].extent)
+            return 1;
+    return 0;
+}
+
+/* See the caller's arrays (NULL: none) through every block; `which` is the view's offset in block. */
+void gsgd_bind(gsgd_plan *plan, const gsgd_array *arrays, size_t which);
+
+/* Gather by one thread, from the views w, g and s: S per chain root, in plan->sum. 0: not finite. */
+int gsgd_gather(gsgd_plan *plan);
+
+/* w g of a tree edge, rounded as the kernels round it. */
+double gsgd_product(const gsgd_plan *plan, const tree_edge *e, int sums);
+
+#endif

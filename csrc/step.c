@@ -1,0 +1,331 @@
+/* step.c - one step in three stages.
+ *
+ *   gather   per unit, the sum of w g over its out-edges: reads weights and gradients once, column by column
+ *   solve    on the trees, O(units): chain products, the inverse chain rule, path ratios; validates everything
+ *   apply    one pass over the weights; then the tree edges get the values that solve found for them
+ */
+#include "parallel.h"
+#include "plan.h"
+
+#include <math.h>
+#include <string.h>
+
+/* The kernels are compiled for three generations of x86-64 and chosen at load time. */
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && defined(__linux__) && !defined(GSGD_NO_CLONES)
+#define KERNEL __attribute__((target_clones("default", "arch=x86-64-v3", "arch=x86-64-v4")))
+#else
+#define KERNEL
+#endif
+
+enum {
+    CHUNK = 64,        /* rows that are summed in the weights' own type before the sum goes on in double */
+    LANES = 8,         /* columns summed side by side where rows are the fast dimension */
+    TASK = 1 << 15,    /* entries that a thread takes at a time */
+    SERIAL = 1 << 17,  /* networks of fewer entries are not worth a second thread */
+};
+
+/* Column i of a block, i in C order over (group, column, taps), as an index with row 0. */
+static void column_index(const block *b, ptrdiff_t i, ptrdiff_t index[GSGD_NDIM]) {
+    for (int d = GSGD_NDIM; d-- > GSGD_COL; i /= b->dim[d].extent)
+        index[d] = i % b->dim[d].extent;
+    index[GSGD_ROW] = 0;
+    index[GSGD_GROUP] = i;
+}
+
+#define REAL float
+#define N(name) name##_f32
+#include "step.inc"
+#undef REAL
+#undef N
+#define REAL double
+#define N(name) name##_f64
+#include "step.inc"
+#undef REAL
+#undef N
+
+/* Whether columns and taps, taken in some order, lie side by side in v as they do in w. */
+static int same_line(const block *b, const view *v) {
+    if (v->data == NULL)
+        return 1;
+    for (int d = GSGD_COL; d < GSGD_NDIM; ++d)
+        if (b->dim[d].extent > 1 && v->stride[d] != b->w.stride[d])
+            return 0;
+    return 1;
+}
+
+/* Whether rows lie side by side. */
+static int rows_adjoin(const block *b) {
+    return b->w.stride[GSGD_ROW] == 1 && b->g.stride[GSGD_ROW] == 1 && b->s.stride[GSGD_ROW] == 1 &&
+           (b->m.data == NULL || b->m.stride[GSGD_ROW] == 1);
+}
+
+/* Decide how to walk a block, and learn the order of its line. */
+static void plan_walk(block *b) {
+    int order[GSGD_NDIM], n = 0;
+    for (int d = GSGD_NDIM; d-- > GSGD_COL;)
+        if (b->dim[d].extent > 1) {
+            int i = n++;
+            for (; i > 0 && b->w.stride[order[i - 1]] > b->w.stride[d]; --i)
+                order[i] = order[i - 1];
+            order[i] = d;
+        }
+    ptrdiff_t expected = 1;
+    b->by_rows = same_line(b, &b->g) && same_line(b, &b->s) && same_line(b, &b->m);
+    for (int i = 0; i < n; ++i) {
+        b->by_rows &= b->w.stride[order[i]] == expected;
+        expected *= b->dim[order[i]].extent;
+    }
+    ptrdiff_t line = b->cols * b->taps;
+    if (line < b->rows && line <= LANES && rows_adjoin(b))
+        b->by_rows = 0;
+    b->shuffled = 0;
+    for (int i = 1; i < n; ++i)
+        b->shuffled |= b->gathers && order[i] > order[i - 1];
+    if (!b->by_rows || !b->shuffled || memcmp(b->placed, b->w.stride, sizeof b->placed) == 0)
+        return;
+    for (ptrdiff_t k = 0; k < line; ++k) {
+        ptrdiff_t index[GSGD_NDIM], at = 0;
+        column_index(b, k, index);
+        for (int d = GSGD_COL; d < GSGD_NDIM; ++d)
+            at += index[d] * b->w.stride[d];
+        b->unplace[k] = at;
+        b->place[at] = k;
+    }
+    memcpy(b->placed, b->w.stride, sizeof b->placed);
+}
+
+static ptrdiff_t at_least(ptrdiff_t low, ptrdiff_t x) { return x > low ? x : low; }
+
+/* Cut a block into pieces for gather and for apply. */
+static void plan_pieces(block *b) {
+    ptrdiff_t line = b->cols * b->taps, panels = (line + PANEL - 1) / PANEL;
+    if (b->rows * line == 0) {
+        b->gather_pieces = b->apply_pieces = 0;
+        return;
+    }
+    b->apply_pieces = b->groups * (b->by_rows ? b->rows : line);
+    b->apply_chunk = at_least(1, TASK / (b->by_rows ? line : b->rows));
+    b->gather_pieces = b->apply_pieces;
+    b->gather_chunk = b->apply_chunk;
+    if (b->gathers && b->by_rows) {
+        b->gather_pieces = b->groups * panels;
+        b->gather_chunk = at_least(1, TASK / (b->rows * (line < PANEL ? line : PANEL)));
+    } else if (b->gathers) {
+        b->gather_chunk = (b->gather_chunk + LANES - 1) / LANES * LANES;
+    }
+}
+
+typedef struct {
+    gsgd_plan *plan;
+    const gsgd_options *options;
+    int momentum;
+    atomic_ptrdiff_t gather_task, apply_task;
+    atomic_int not_finite;
+    gsgd_status status;
+    ptrdiff_t clamped;
+    int64_t unit;
+} job;
+
+static int gather_block(block *b, ptrdiff_t first, ptrdiff_t last) {
+    int single = b->type == GSGD_FLOAT32;
+    if (!b->gathers)
+        return single ? check_pieces_f32(b, first, last) : check_pieces_f64(b, first, last);
+    if (single)
+        gather_pieces_f32(b, first, last);
+    else
+        gather_pieces_f64(b, first, last);
+    return 1;
+}
+
+static void apply_block(block *b, ptrdiff_t first, ptrdiff_t last, const gsgd_options *options) {
+    if (b->type == GSGD_FLOAT32)
+        apply_pieces_f32(b, first, last, options);
+    else
+        apply_pieces_f64(b, first, last, options);
+}
+
+static void gather(job *j) {
+    ptrdiff_t done = 0, task = next_piece(&j->gather_task);
+    for (ptrdiff_t k = 0; k < j->plan->blocks; ++k) {
+        block *b = &j->plan->block[k];
+        ptrdiff_t tasks = b->gather_pieces ? (b->gather_pieces - 1) / b->gather_chunk + 1 : 0;
+        for (; task - done < tasks; task = next_piece(&j->gather_task)) {
+            ptrdiff_t first = (task - done) * b->gather_chunk, last = first + b->gather_chunk;
+            if (!gather_block(b, first, last < b->gather_pieces ? last : b->gather_pieces))
+                atomic_store_explicit(&j->not_finite, 1, memory_order_relaxed);
+        }
+        done += tasks;
+    }
+}
+
+/* Backwards: what was gathered last is still in the cache. */
+static void apply(job *j) {
+    ptrdiff_t done = 0, task = next_piece(&j->apply_task);
+    for (ptrdiff_t k = j->plan->blocks; k-- > 0;) {
+        block *b = &j->plan->block[k];
+        ptrdiff_t tasks = b->apply_pieces ? (b->apply_pieces - 1) / b->apply_chunk + 1 : 0;
+        for (; task - done < tasks; task = next_piece(&j->apply_task)) {
+            ptrdiff_t first = (tasks - 1 - (task - done)) * b->apply_chunk, last = first + b->apply_chunk;
+            apply_block(b, first, last < b->apply_pieces ? last : b->apply_pieces, j->options);
+        }
+        done += tasks;
+    }
+}
+
+double gsgd_product(const gsgd_plan *plan, const tree_edge *e, int sums) {
+    const block *b = &plan->block[e->block];
+    double w = load(b->type, &b->w, e->index), g = load(b->type, sums ? &b->s : &b->g, e->index);
+    return b->type == GSGD_FLOAT32 ? (double)((float)w * (float)g) : w * g;
+}
+
+/* S(v) by chain root: out-edges of the units that share it, free edges left out. */
+static int sum_by_root(gsgd_plan *plan) {
+    memset(plan->sum, 0, (size_t)plan->units * sizeof *plan->sum);
+    for (ptrdiff_t k = 0; k < plan->blocks; ++k) {
+        const block *b = &plan->block[k];
+        if (!b->gathers || b->rows == 0)
+            continue;
+        for (ptrdiff_t j = 0; j < b->groups * b->cols; ++j) {
+            double sum = 0;
+            for (ptrdiff_t t = 0; t < b->taps; ++t)
+                sum += b->column_sum[j * b->taps + t];
+            if (!isfinite(sum))
+                return 0;
+            if (b->col_unit[j] != GSGD_PINNED)
+                plan->sum[plan->root[b->col_unit[j]]] += sum;
+        }
+    }
+    for (ptrdiff_t n = 0; n < plan->num_active; ++n) {
+        int64_t u = plan->in_order[n];
+        plan->sum[plan->root[u]] -= gsgd_product(plan, &plan->out[u], 1);
+    }
+    return 1;
+}
+
+static double tree_weight(const gsgd_plan *plan, const tree_edge *e) {
+    const block *b = &plan->block[e->block];
+    return load(b->type, &b->w, e->index);
+}
+
+/* A and B of every unit: chain products relative to the reference scale. A unit where one is 0 or not finite, or -1. */
+static int64_t chain_products(gsgd_plan *plan) {
+    double *a = plan->a, *b = plan->b, *c = plan->c;
+    for (ptrdiff_t n = 0; n < plan->num_active; ++n) {
+        int64_t v = plan->in_order[n], u = plan->in_unit[v];
+        a[v] = a[u] * c[u] * (tree_weight(plan, &plan->in[v]) / plan->in0[v]) / c[v];
+        v = plan->out_order[n];
+        u = plan->out_unit[v];
+        b[v] = b[u] / c[u] * (tree_weight(plan, &plan->out[v]) / plan->out0[v]) * c[v];
+    }
+    for (ptrdiff_t n = 0; n < plan->num_active; ++n) {
+        int64_t v = plan->in_order[n];
+        if (!isfinite(a[v] * b[v]) || !isfinite(1 / (a[v] * b[v])))
+            return v;
+    }
+    return -1;
+}
+
+static gsgd_status solve(job *j) {
+    gsgd_plan *plan = j->plan;
+    const gsgd_options *o = j->options;
+    j->unit = -1;
+    if (atomic_load(&j->not_finite) || !sum_by_root(plan))
+        return GSGD_NOT_FINITE;
+    if ((j->unit = chain_products(plan)) >= 0)
+        return GSGD_NOT_FINITE;
+    for (ptrdiff_t n = 0; n < plan->num_active; ++n) {
+        int64_t v = plan->in_order[n], u = plan->in_unit[v];
+        const tree_edge *in = &plan->in[v], *out = &plan->out[v];
+        plan->kept_out[v] = tree_weight(plan, out);
+        if (!plan->in_is_free[v]) {
+            const block *b = &plan->block[in->block];
+            double x = plan->a[v] * plan->b[v], w = tree_weight(plan, in);
+            double d = (gsgd_product(plan, in, 0) - plan->sum[v]) / x, change = d;
+            if (j->momentum) {
+                double m = o->momentum * load(b->type, &b->m, in->index) + d;
+                plan->new_momentum[v] = m;
+                change = o->nesterov ? d + o->momentum * m : m;
+            }
+            double r = 1 - o->lr * change / x;
+            if (!isfinite(r)) {
+                j->unit = v;
+                return GSGD_NOT_FINITE;
+            }
+            double low = 1 / o->max_ratio, high = o->max_ratio;
+            j->clamped += r < low || r > high;
+            plan->ratio[v] = r < low ? low : r > high ? high : r;
+            plan->new_in[v] = w * plan->ratio[v] * plan->inv_rho[u];
+        }
+        plan->inv_rho[v] = 1 / plan->ratio[plan->root[v]];
+    }
+    for (ptrdiff_t k = 0; k < plan->blocks; ++k)
+        if (plan->block[k].type == GSGD_FLOAT32)
+            spread_f32(plan, &plan->block[k]);
+        else
+            spread_f64(plan, &plan->block[k]);
+    return GSGD_OK;
+}
+
+static void store_trees(job *j) {
+    gsgd_plan *plan = j->plan;
+    for (ptrdiff_t n = 0; n < plan->num_active; ++n) {
+        int64_t v = plan->in_order[n];
+        const tree_edge *in = &plan->in[v], *out = &plan->out[v];
+        const block *b = &plan->block[in->block];
+        if (!plan->in_is_free[v]) {
+            store(b->type, &b->w, in->index, plan->new_in[v]);
+            if (j->momentum)
+                store(b->type, &b->m, in->index, plan->new_momentum[v]);
+        }
+        b = &plan->block[out->block];
+        store(b->type, &b->w, out->index, plan->kept_out[v]);
+        if (j->momentum)
+            store(b->type, &b->m, out->index, 0);
+    }
+}
+
+static void work(void *context, int leader) {
+    job *j = context;
+    gather(j);
+    wait_for_all();
+    if (leader)
+        j->status = solve(j);
+    wait_for_all();
+    if (j->status == GSGD_OK)
+        apply(j);
+}
+
+static ptrdiff_t plan_work(gsgd_plan *plan) {
+    ptrdiff_t size = 0;
+    for (ptrdiff_t k = 0; k < plan->blocks; ++k) {
+        block *b = &plan->block[k];
+        plan_walk(b);
+        plan_pieces(b);
+        size += b->groups * b->rows * b->cols * b->taps;
+    }
+    return size;
+}
+
+gsgd_status gsgd_step(gsgd_plan *plan, const gsgd_array *weights, const gsgd_array *gradients,
+                      const gsgd_array *sums, const gsgd_array *momenta, const gsgd_options *options,
+                      ptrdiff_t *clamped, int64_t *unit) {
+    gsgd_bind(plan, weights, offsetof(block, w));
+    gsgd_bind(plan, gradients, offsetof(block, g));
+    gsgd_bind(plan, sums, offsetof(block, s));
+    gsgd_bind(plan, momenta, offsetof(block, m));
+    int threads = plan_work(plan) < SERIAL ? 1 : options->threads;
+    job j = {.plan = plan, .options = options, .momentum = momenta != NULL};
+    run_parallel(threads, work, &j);
+    if (j.status == GSGD_OK)
+        store_trees(&j);
+    *clamped = j.clamped;
+    *unit = j.unit;
+    return j.status;
+}
+
+int gsgd_gather(gsgd_plan *plan) {
+    job j = {.plan = plan};
+    plan_work(plan);
+    gather(&j);
+    return sum_by_root(plan);
+}

@@ -1,0 +1,19 @@
+"""Training ReLU networks in the space that their symmetry leaves over (Meng et al., "G-SGD", ICLR 2019)."""
+
+from gsgd.network import Features, Network
+from gsgd.optimizer import GSGD, Stats
+from gsgd.paths import PathSGD, balance, path_norm, rescale, symmetry_residual
+from gsgd.skeleton import Skeleton
+
+__all__ = [
+    "GSGD",
+    "Features",
+    "Network",
+    "PathSGD",
+    "Skeleton",
+    "Stats",
+    "balance",
+    "path_norm",
+    "rescale",
+    "symmetry_residual",
+]

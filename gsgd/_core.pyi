@@ -1,0 +1,38 @@
+"""The C core: the three stages on NumPy buffers (see csrc/gsgd.h)."""
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Spec = tuple[str, tuple[int, ...], str]
+BlockTuple = tuple[
+    int, tuple[int, ...], tuple[int, ...], tuple[int, ...], int, int, NDArray[np.int64], NDArray[np.int64]
+]
+
+class Plan:
+    def __new__(cls, units: int, specs: list[Spec], blocks: list[BlockTuple], /) -> Plan: ...
+    def choose_trees(
+        self, weights: list[Any], largest: bool, scale: NDArray[np.float64] | None, /
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]: ...
+    def set_trees(self, in_edges: NDArray[np.int64], out_edges: NDArray[np.int64], /) -> NDArray[np.bool_]: ...
+    def set_reference(
+        self, in_weights: NDArray[np.float64], out_weights: NDArray[np.float64], c: NDArray[np.float64], /
+    ) -> None: ...
+    def step(
+        self,
+        weights: list[Any],
+        gradients: list[Any],
+        sums: list[Any] | None,
+        momenta: list[Any] | None,
+        lr: float,
+        momentum: float,
+        weight_decay: float,
+        max_ratio: float,
+        nesterov: bool,
+        threads: int,
+        /,
+    ) -> int: ...
+    def path_values(self, weights: list[Any], values: list[Any], logs: list[Any] | None, /) -> None: ...
+    def path_gradients(self, weights: list[Any], gradients: list[Any], out: list[Any], /) -> None: ...
+    def allocate(self, weights: list[Any], ratios: list[Any], out: list[Any], /) -> None: ...

@@ -1,0 +1,644 @@
+"""Describe a feed-forward network: which weight meets which unit.
+
+A *unit* is whatever can be rescaled: a hidden node, a feature map. A *block* is a weight tensor seen as
+``(groups, rows, columns, taps)``: rows are destination units, columns are source units. A description holds
+names, shapes and unit ids, and no values.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+PINNED = -1
+
+BatchNormMode = Literal["exact", "paper", "released"]
+Residual = Literal["tie", "pin"]
+Ids = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Dim:
+    """One logical dimension of a block: `extent` entries, `step` apart along the parameter's `axis`."""
+
+    extent: int = 1
+    axis: int = 0
+    step: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class Block:
+    """A (part of a) parameter as edges between units.
+
+    Attributes
+    ----------
+    name : str
+        The parameter.
+    dims : tuple of six Dim
+        Groups, rows, columns and up to three tap dimensions.
+    start : tuple of int
+        Axis of the parameter and index on it at which the block begins.
+    rows, cols : int64 arrays, shapes (groups * rows,) and (groups * cols,)
+        Unit ids of destinations and sources; `PINNED` where no rescaling is possible.
+    row_nodes, col_nodes : int64 arrays of the same shapes
+        The values in the computation (before ties), for walks along paths.
+    batch_norm : str or None
+        "paper" or "released" when the layer feeds a batch normalization that is treated so.
+    """
+
+    name: str
+    dims: tuple[Dim, Dim, Dim, Dim, Dim, Dim]
+    start: tuple[int, int]
+    rows: Ids
+    cols: Ids
+    row_nodes: Ids
+    col_nodes: Ids
+    batch_norm: str | None = None
+
+    @property
+    def extents(self) -> tuple[int, ...]:
+        return tuple(d.extent for d in self.dims)
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.extents)
+
+    def view(self, array: Any, xp: Any = np) -> Any:
+        """`array` (shaped as the parameter) as ``(groups, rows, cols, t0, t1, t2)``; NumPy makes no copy."""
+        axis, first = self.start
+        order, shape = self._memory_order()
+        if array.ndim and shape[axis] != array.shape[axis]:
+            array = array[(slice(None),) * axis + (slice(first, first + shape[axis]),)]
+        array = xp.reshape(array, tuple(self.dims[i].extent for i in order))
+        return xp.permute_dims(array, tuple(order.index(i) for i in range(6)))
+
+    def unview(self, entries: Any, xp: Any = np) -> Any:
+        """The inverse of `view`: the part of the parameter that the block covers."""
+        order, shape = self._memory_order()
+        return xp.reshape(xp.permute_dims(entries, order), shape)
+
+    def _memory_order(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The dims from the parameter's first axis to its last, then unused ones; the extents of the axes."""
+        used = sorted((i for i in range(6) if self.dims[i].step), key=lambda i: (self.dims[i].axis, -self.dims[i].step))
+        shape = [1] * (1 + max((self.dims[i].axis for i in used), default=-1))
+        for i in used:
+            shape[self.dims[i].axis] *= self.dims[i].extent
+        return (*used, *(i for i in range(6) if i not in used)), tuple(shape)
+
+    def index(self, flat: int) -> tuple[int, ...]:
+        """The parameter's index of the block's `flat`-th entry (C order over `extents`)."""
+        at = [0] * (1 + max(self.start[0], *(d.axis for d in self.dims)))
+        at[self.start[0]] = self.start[1]
+        for d, i in zip(self.dims, np.unravel_index(flat, self.extents), strict=True):
+            at[d.axis] += d.step * int(i)
+        return tuple(at)
+
+
+def plain_block(name: str, shape: tuple[int, ...]) -> Block:
+    """A parameter between pinned ends: its step is the plain one."""
+    if len(shape) > 6:
+        raise ValueError(f"parameter {name!r}: expected at most 6 dimensions, got shape {shape}")
+    dims = [Dim()] * 6
+    places = {0: (), 1: (5,), 2: (1, 5), 3: (1, 4, 5), 4: (1, 3, 4, 5), 5: (1, 2, 3, 4, 5), 6: (0, 1, 2, 3, 4, 5)}
+    for axis, place in enumerate(places[len(shape)]):
+        dims[place] = Dim(shape[axis], axis, 1)
+    rows, cols = (np.full(dims[0].extent * dims[i].extent, PINNED, dtype=np.int64) for i in (1, 2))
+    d = tuple(dims)
+    assert len(d) == 6
+    return Block(name, d, (0, 0), rows, cols, rows, cols)
+
+
+@dataclass(frozen=True, eq=False)
+class Sum:
+    """A residual addition: `out` nodes are the sums of the `terms`, node by node."""
+
+    out: Ids
+    terms: tuple[Ids, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Features:
+    """What flows between layers: segments of channels, each channel seen at one or several positions."""
+
+    network: Network = field(repr=False)
+    segments: tuple[tuple[Ids, int, str], ...]  # (nodes, positions, order)
+
+    @property
+    def count(self) -> int:
+        """Number of features: channels times positions, over all segments."""
+        return sum(len(nodes) * positions for nodes, positions, _ in self.segments)
+
+    @property
+    def per_feature(self) -> Ids:
+        """The node of every feature, in order."""
+        return np.concatenate(
+            [
+                np.repeat(nodes, positions) if order == "channels_first" else np.tile(nodes, positions)
+                for nodes, positions, order in self.segments
+            ]
+        )
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """One parameter as it was described; `parts` holds the columns' segments with their offsets."""
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    blocks: tuple[tuple[tuple[Dim, ...], tuple[int, int], Ids, Ids], ...]  # dims, start, rows, cols
+
+
+def _names(layout: str) -> tuple[str, str]:
+    """The two axes that name units in `layout`, and where they stand: first or last."""
+    spatial = layout.replace("o", "").replace("i", "")
+    for units in ("oi", "io"):
+        for candidate, place in ((units + spatial, "first"), (spatial + units, "last")):
+            if layout == candidate and spatial in ("", "w", "hw", "dhw"):
+                return units, place
+    raise ValueError(f"layout {layout!r}: expected one like 'oi', 'io', 'oihw', 'iohw' or 'hwio'")
+
+
+class Network:
+    """A feed-forward network of positively homogeneous units, described layer by layer.
+
+    Every method that adds a layer takes and returns `Features`. Layers are named by their parameters.
+    Network inputs and outputs, and whatever is given to `pin`, are *pinned*: never rescaled.
+
+    Examples
+    --------
+    >>> net = Network()
+    >>> h = net.relu(net.dense("w1", net.input(784), 64, bias="b1"))
+    >>> net.output(net.dense("w2", h, 10))
+    >>> net.num_units, net.num_weights, net.num_basis_paths
+    (64, 50880, 50816)
+    """
+
+    def __init__(self) -> None:
+        self._parent: list[int] = []  # union-find over nodes
+        self._labels: list[str] = []
+        self._pins: dict[int, str] = {}  # root -> reason
+        self._operations: list[_Layer | Sum] = []
+        self._by_name: dict[str, _Layer] = {}
+        self._batch_norm: dict[str, str] = {}
+        self._writer: dict[int, str] = {}  # node -> the layer that made it
+        self._compiled: _Compiled | None = None
+
+    # nodes and units
+
+    def _new(self, count: int, label: str) -> Ids:
+        first = len(self._parent)
+        self._parent.extend(range(first, first + count))
+        self._labels.extend(f"{label}[{i}]" for i in range(count))
+        self._compiled = None
+        return np.arange(first, first + count, dtype=np.int64)
+
+    def _find(self, node: int) -> int:
+        while self._parent[node] != node:
+            self._parent[node] = self._parent[self._parent[node]]
+            node = self._parent[node]
+        return node
+
+    def _tie(self, a: int, b: int) -> None:
+        a, b = sorted((self._find(a), self._find(b)))
+        if a != b:
+            self._parent[b] = a
+            reason = self._pins.pop(b, None)
+            if reason is not None:
+                self._pins.setdefault(a, reason)
+
+    def _pin(self, nodes: Iterable[int], reason: str) -> None:
+        for node in nodes:
+            self._pins.setdefault(self._find(node), reason)
+        self._compiled = None
+
+    def _features(self, nodes: Ids) -> Features:
+        return Features(self, ((nodes, 1, "channels_first"),))
+
+    def _check(self, x: Features, what: str) -> None:
+        if not isinstance(x, Features):
+            raise TypeError(f"{what}: expected what a layer of this network returns, got {type(x).__name__}")
+        if x.network is not self:
+            raise ValueError(f"{what}: the features belong to another network")
+
+    def _channels(self, x: Features, what: str) -> Ids:
+        self._check(x, what)
+        if any(positions != 1 for _, positions, _ in x.segments):
+            raise ValueError(f"{what}: expected channels, got flattened features")
+        return x.per_feature
+
+    def _add_layer(self, layer: _Layer) -> None:
+        if layer.name in self._by_name:
+            raise ValueError(f"parameter {layer.name!r} is described twice; a shared weight must be left out and pinned")
+        self._by_name[layer.name] = layer
+        self._operations.append(layer)
+        self._compiled = None
+
+    # layers
+
+    def input(self, channels: int, reason: str = "network input") -> Features:
+        """`channels` pinned channels: what the network reads (or what an operation that is not described makes)."""
+        nodes = self._new(channels, reason)
+        self._pin(nodes.tolist(), reason)
+        return self._features(nodes)
+
+    def dense(
+        self, name: str, x: Features, features: int, *, bias: str | None = None, layout: str = "oi"
+    ) -> Features:
+        """A fully connected layer.
+
+        Parameters
+        ----------
+        name, bias : str
+            Parameters of shapes ``(features, x.count)`` (``layout="oi"``) or its transpose (``"io"``), and ``(features,)``.
+        """
+        self._check(x, name)
+        if layout not in ("oi", "io"):
+            raise ValueError(f"{name}: layout {layout!r}: expected 'oi' or 'io'")
+        row_axis, col_axis = layout.index("o"), layout.index("i")
+        rows = self._new(features, name)
+        blocks, first = [], 0
+        for nodes, positions, order in x.segments:
+            channels = len(nodes)
+            col_step, tap_step = (positions, 1) if order == "channels_first" else (1, channels)
+            dims = (
+                Dim(),
+                Dim(features, row_axis, 1),
+                Dim(channels, col_axis, col_step),
+                Dim(),
+                Dim(),
+                Dim(positions, col_axis, tap_step) if positions > 1 else Dim(),
+            )
+            blocks.append((dims, (col_axis, first), rows, nodes))
+            first += channels * positions
+        shape = (features, x.count) if layout == "oi" else (x.count, features)
+        self._add_layer(_Layer(name, "dense", shape, tuple(blocks)))
+        return self._written(name, rows, bias)
+
+    def conv(
+        self,
+        name: str,
+        x: Features,
+        features: int,
+        kernel: Sequence[int] | int,
+        *,
+        groups: int = 1,
+        bias: str | None = None,
+        layout: str = "oihw",
+    ) -> Features:
+        """A convolution over 1, 2 or 3 spatial dimensions.
+
+        Parameters
+        ----------
+        kernel : sequence of int
+            The spatial extents.
+        groups : int
+            Both `features` and the channels of `x` must be multiples.
+        layout : str
+            "oihw": ``(features, channels / groups, *kernel)``; "hwio": ``(*kernel, channels / groups, features)``;
+            "iohw": ``(channels, features / groups, *kernel)``, a transposed convolution. The spatial letters
+            stand for however many `kernel` has.
+        """
+        cols = self._channels(x, name)
+        kernel = (kernel,) if isinstance(kernel, int) else tuple(kernel)
+        if not 1 <= len(kernel) <= 3:
+            raise ValueError(f"{name}: kernel {kernel}: expected 1, 2 or 3 extents")
+        if groups < 1 or features % groups or len(cols) % groups:
+            raise ValueError(f"{name}: groups={groups} must divide {len(cols)} channels and {features} features")
+        units, place = _names(layout)
+        o, i = units.index("o"), units.index("i")
+        if place == "last":
+            o, i = o + len(kernel), i + len(kernel)
+        r, c = features // groups, len(cols) // groups
+        transposed = units == "io" and place == "first"
+        extent = {o: r if transposed else features, i: len(cols) if transposed else c}
+        taps = [Dim(k, a + (2 if place == "first" else 0), 1) for a, k in enumerate(kernel)]
+        group = Dim(groups, i, c) if transposed else Dim(groups, o, r)
+        dims = (
+            group if groups > 1 else Dim(),
+            Dim(r, o, 1),
+            Dim(c, i, 1),
+            *(Dim() for _ in range(3 - len(taps))),
+            *taps,
+        )
+        shape = tuple(extent[a] if a in extent else kernel[a - (2 if place == "first" else 0)] for a in range(2 + len(kernel)))
+        rows = self._new(features, name)
+        self._add_layer(_Layer(name, "conv", shape, ((dims, (0, 0), rows, cols),)))
+        return self._written(name, rows, bias)
+
+    def _written(self, name: str, rows: Ids, bias: str | None) -> Features:
+        self._writer.update((node, name) for node in rows.tolist())
+        if bias is not None:
+            self._source_layer(bias, "bias", rows)
+        return self._features(rows)
+
+    def _source_layer(self, name: str, kind: str, rows: Ids) -> None:
+        """A vector of edges from a pinned source: a bias, or a batch normalization's weight."""
+        source = self._new(1, name)
+        self._pin(source.tolist(), "constant")
+        dims = (Dim(), Dim(len(rows), 0, 1), Dim(), Dim(), Dim(), Dim())
+        self._add_layer(_Layer(name, kind, (len(rows),), ((dims, (0, 0), rows, source),)))
+
+    def homogeneous(self, x: Features) -> Features:
+        """Any map f of single channels with f(c x) = c f(x) for c > 0: it passes units through."""
+        self._check(x, "homogeneous")
+        return x
+
+    relu = leaky_relu = prelu = abs = identity = homogeneous
+    max_pool = avg_pool = dropout = upsample = zero_pad = homogeneous
+
+    def flatten(
+        self, x: Features, positions: int, order: Literal["channels_first", "channels_last"] = "channels_first"
+    ) -> Features:
+        """Channels seen at `positions` places, as one vector of features."""
+        if order not in ("channels_first", "channels_last"):
+            raise ValueError(f"order {order!r}: expected 'channels_first' or 'channels_last'")
+        if positions < 1:
+            raise ValueError(f"positions {positions}: expected at least 1")
+        nodes = self._channels(x, "flatten")
+        return Features(self, ((nodes, positions, order if positions > 1 else "channels_first"),))
+
+    def add(self, *xs: Features, residual: Residual = "tie") -> Features:
+        """Add features of equal shape.
+
+        ``residual="tie"`` makes one unit of the channels that are added: scaling all writers by c and all readers
+        by 1/c is exact. ``"pin"`` pins them, as the paper does (section 10.2).
+        """
+        if residual not in ("tie", "pin"):
+            raise ValueError(f"residual {residual!r}: expected 'tie' or 'pin'")
+        for x in xs:
+            self._check(x, "add")
+        if len({x.count for x in xs}) != 1:
+            raise ValueError(f"add: expected features of equal count, got {[x.count for x in xs]}")
+        like = [[(len(n), p, o) for n, p, o in x.segments] for x in xs]
+        if any(shape != like[0] for shape in like):
+            xs = tuple(self._features(x.per_feature) for x in xs)
+        segments = []
+        for parts in zip(*(x.segments for x in xs), strict=True):
+            terms = tuple(nodes for nodes, _, _ in parts)
+            out = self._new(len(terms[0]), "sum")
+            for nodes in terms:
+                for a, b in zip(out.tolist(), nodes.tolist(), strict=True):
+                    self._tie(a, b)
+            if residual == "pin":
+                self._pin(out.tolist(), "residual addition")
+            self._operations.append(Sum(out, terms))
+            segments.append((out, parts[0][1], parts[0][2]))
+        return Features(self, tuple(segments))
+
+    def concat(self, *xs: Features) -> Features:
+        """Features side by side."""
+        for x in xs:
+            self._check(x, "concat")
+        if all(positions == 1 for x in xs for _, positions, _ in x.segments):
+            return self._features(np.concatenate([x.per_feature for x in xs]))
+        return Features(self, tuple(s for x in xs for s in x.segments))
+
+    def take(self, x: Features, features: slice | Sequence[int] | Ids) -> Features:
+        """Some of the features, in any order: a slice, a chunk, a shuffle of channels."""
+        self._check(x, "take")
+        return self._features(x.per_feature[features])
+
+    def batch_norm(
+        self,
+        x: Features,
+        weight: str | None = None,
+        bias: str | None = None,
+        mode: BatchNormMode = "exact",
+    ) -> Features:
+        """Batch normalization (the paper's section 10.2).
+
+        Parameters
+        ----------
+        weight, bias : str, optional
+            Its parameters gamma and beta, of shape ``(channels,)``.
+        mode : str
+            "exact": the scale of `x` is lost in the normalization, so its units are pinned, and gamma and beta are
+            the in-edges of the unit that follows: a symmetry in training and evaluation. "paper" (equation 30):
+            units pass through and the layer before is given gradients times the norm of each row; gamma and beta
+            are left to plain SGD. "released": as the authors' released code does, the norm over input channels
+            only, and raw gradients in the sums. The last two are approximations, no symmetry.
+        """
+        nodes = self._channels(x, "batch_norm")
+        if mode in ("paper", "released"):
+            for node in nodes.tolist():
+                if node not in self._writer:
+                    raise ValueError(f"batch_norm mode {mode!r}: expected the output of a dense or conv layer")
+                self._batch_norm[self._writer[node]] = mode
+            self._compiled = None
+            return x
+        if mode != "exact":
+            raise ValueError(f"batch_norm mode {mode!r}: expected 'exact', 'paper' or 'released'")
+        self._pin(nodes.tolist(), "scale lost in batch normalization")
+        label = weight or bias or "batch_norm"
+        rows = self._new(len(nodes), label)
+        for name in (weight, bias):
+            if name is not None:
+                self._source_layer(name, "batch_norm", rows)
+        if weight is None:
+            self._pin(rows.tolist(), "batch normalization without weight")
+        return self._features(rows)
+
+    def pin(self, x: Features, reason: str) -> Features:
+        """Never rescale these units: they meet an operation that is not positively homogeneous."""
+        self._check(x, "pin")
+        self._pin(x.per_feature.tolist(), reason)
+        return x
+
+    def output(self, x: Features) -> None:
+        """What the network returns: pinned."""
+        self.pin(x, "network output")
+
+    @classmethod
+    def sequential(
+        cls,
+        shapes_or_params: Mapping[str, Any] | Sequence[Any],
+        *,
+        layout: Literal["oi", "io"] = "oi",
+    ) -> Network:
+        """The chain that a list or dict of dense and convolution weights describes.
+
+        Parameters
+        ----------
+        shapes_or_params : mapping or sequence of arrays or shapes
+            Weights in the order of the layers, each followed by its bias if it has one (a vector). A list's
+            parameters are named "0", "1", ... A dense weight after a convolution reads flattened maps.
+        layout : str
+            "oi": ``(out, in, *kernel)``; "io": ``(*kernel, in, out)``, flattened channels last.
+        """
+        if layout not in ("oi", "io"):
+            raise ValueError(f"layout {layout!r}: expected 'oi' or 'io'")
+        if not isinstance(shapes_or_params, Mapping):
+            shapes_or_params = {str(i): s for i, s in enumerate(shapes_or_params)}
+        shapes = {k: tuple(int(n) for n in getattr(s, "shape", s)) for k, s in shapes_or_params.items()}
+        names = list(shapes)
+        net, x, i = cls(), None, 0
+        while i < len(names):
+            name, shape = names[i], shapes[names[i]]
+            if not 2 <= len(shape) <= 5:
+                raise ValueError(f"{name}: shape {shape}: expected a weight of 2 to 5 dimensions")
+            out, read = (shape[0], shape[1]) if layout == "oi" else (shape[-1], shape[-2])
+            bias = names[i + 1] if i + 1 < len(names) and shapes[names[i + 1]] == (out,) else None
+            if x is None:
+                x = net.input(read)
+            else:
+                x = net.relu(x)
+            have = x.count
+            if len(shape) == 2:
+                if have == 0 or read % have:
+                    raise ValueError(f"{name}: reads {read} features, but the layer before writes {have}")
+                if read != have:
+                    x = net.flatten(x, read // have, "channels_first" if layout == "oi" else "channels_last")
+                x = net.dense(name, x, out, bias=bias, layout=layout)
+            else:
+                if have % read:
+                    raise ValueError(f"{name}: reads {read} channels a group, but the layer before writes {have}")
+                kernel = shape[2:] if layout == "oi" else shape[:-2]
+                layouts = {"oi": "oihw", "io": "hwio"}
+                x = net.conv(name, x, out, kernel, groups=have // read, bias=bias, layout=layouts[layout])
+            i += 1 if bias is None else 2
+        if x is None:
+            raise ValueError("expected at least one weight")
+        net.output(x)
+        return net
+
+    # what follows from the description
+
+    def _compile(self, check: bool = True) -> _Compiled:
+        if self._compiled is None:
+            self._compiled = _Compiled(self)
+        if check:
+            self._compiled.raise_if_incomplete()
+        return self._compiled
+
+    @property
+    def blocks(self) -> tuple[Block, ...]:
+        """All edges, in the order of the description."""
+        return self._compile().blocks
+
+    @property
+    def operations(self) -> tuple[Block | Sum, ...]:
+        """Blocks and residual sums in the order of the description."""
+        return self._compile().operations
+
+    @property
+    def unit_of_node(self) -> Ids:
+        """The unit of every node, or `PINNED`."""
+        return self._compile().unit_of_node
+
+    @property
+    def units(self) -> tuple[str, ...]:
+        """A label per unit: the layer that writes it first, and the channel."""
+        return self._compile().labels
+
+    @property
+    def pins(self) -> dict[str, str]:
+        """The reason of every pinned channel, by label."""
+        roots = {self._find(n) for n in range(len(self._parent))}
+        return {self._labels[r]: self._pins[r] for r in sorted(roots) if r in self._pins}
+
+    @property
+    def num_units(self) -> int:
+        """H: units that can be rescaled."""
+        return len(self._compile().labels)
+
+    @property
+    def num_weights(self) -> int:
+        """m: weights that the description names."""
+        return sum(math.prod(s) for s in self.shapes.values())
+
+    @property
+    def num_basis_paths(self) -> int:
+        """m - H: the rank of the structure matrix (theorem 3.4)."""
+        return self.num_weights - self.num_units
+
+    @property
+    def invariant_ratio(self) -> float:
+        """H / m (section 3.2)."""
+        return self.num_units / self.num_weights
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name -> shape of every parameter that the description names."""
+        return {layer.name: layer.shape for layer in self._by_name.values()}
+
+    def __repr__(self) -> str:
+        compiled = self._compile(check=False)
+        units, weights = len(compiled.labels), self.num_weights
+        return f"<gsgd.Network: {len(self._by_name)} parameters, {weights} weights (m), {units} units (H)>"
+
+    def __str__(self) -> str:
+        compiled = self._compile(check=False)
+
+        def describe(nodes: Ids) -> str:
+            units = compiled.unit_of_node[nodes]
+            parts = [f"{len(np.unique(units[units >= 0]))} units"] if (units >= 0).any() else []
+            reasons = Counter(self._pins[self._find(n)] for n in nodes[units < 0].tolist())
+            parts += [f"{count} pinned ({reason})" for reason, count in reasons.items()]
+            return ", ".join(parts)
+
+        table = [("parameter", "kind", "shape", "weights", "reads", "writes")]
+        for layer in self._by_name.values():
+            cols = np.concatenate([cols for _, _, _, cols in layer.blocks])
+            reads = "constant" if layer.kind in ("bias", "batch_norm") else describe(cols)
+            kind = layer.kind + (f" ({self._batch_norm[layer.name]})" if layer.name in self._batch_norm else "")
+            shape = " x ".join(map(str, layer.shape))
+            weights = f"{math.prod(layer.shape):,}"
+            table.append((layer.name, kind, shape, weights, reads, describe(layer.blocks[0][2])))
+        widths = [max(len(row[i]) for row in table) for i in range(6)]
+        lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in table]
+        lines.insert(1, "  ".join("-" * w for w in widths))
+        weights, units = self.num_weights, len(compiled.labels)
+        lines.append("")
+        lines.append(f"{weights:,} weights (m), {units:,} units (H), {weights - units:,} basis paths (m - H)")
+        return "\n".join(lines)
+
+
+class _Compiled:
+    """Unit ids of a description: nodes that are tied are one unit, numbered in the order of the layers."""
+
+    def __init__(self, net: Network) -> None:
+        unit_of_root: dict[int, int] = {}
+        labels: list[str] = []
+        units = np.full(len(net._parent), PINNED, dtype=np.int64)
+        for node in range(len(net._parent)):
+            root = net._find(node)
+            if root in net._pins:
+                continue
+            if root not in unit_of_root:
+                unit_of_root[root] = len(labels)
+                labels.append(net._labels[node])
+            units[node] = unit_of_root[root]
+        self.unit_of_node = units
+        self.labels = tuple(labels)
+        operations: list[Block | Sum] = []
+        for op in net._operations:
+            if isinstance(op, Sum):
+                operations.append(op)
+                continue
+            for dims, start, rows, cols in op.blocks:
+                d = tuple(dims)
+                assert len(d) == 6
+                mode = net._batch_norm.get(op.name)
+                operations.append(Block(op.name, d, start, units[rows], units[cols], rows, cols, mode))
+        self.operations = tuple(operations)
+        self.blocks = tuple(op for op in operations if isinstance(op, Block))
+
+    def raise_if_incomplete(self) -> None:
+        for attribute, verb in (("rows", "written"), ("cols", "read")):
+            met = np.zeros(len(self.labels) + 1, dtype=bool)
+            for block in self.blocks:
+                met[getattr(block, attribute)] = True
+            missing = np.flatnonzero(~met[:-1])
+            if len(missing):
+                name = self.labels[missing[0]]
+                raise ValueError(
+                    f"unit {name} is never {verb}: pass it to a layer, or to net.output or net.pin "
+                    f"({len(missing)} such units)"
+                )

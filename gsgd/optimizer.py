@@ -1,0 +1,291 @@
+"""GSGD: gradient descent on the values of basis paths."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gsgd.arrays import Arrays, as_array, check_names, check_parameters
+from gsgd.network import Network
+from gsgd.skeleton import Backend, Rule, Skeleton
+
+ScaleName = Literal["balanced", "initial", "ones"]
+
+_forked = False
+
+
+def _after_fork() -> None:
+    global _forked
+    _forked = True
+
+
+# the OpenMP runtime's threads do not survive a fork, and a parallel region in the child would wait for them forever
+os.register_at_fork(after_in_child=_after_fork)
+
+
+def default_threads() -> int:
+    """OMP_NUM_THREADS, or the number of processors that this process may use."""
+    first = os.environ.get("OMP_NUM_THREADS", "").split(",")[0]
+    if first.isdigit() and int(first) > 0:
+        return int(first)
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def non_negative(name: str, x: float) -> float:
+    """`x` as a float, or a ValueError that names it."""
+    value = float(x)
+    if not (math.isfinite(value) and value >= 0):
+        raise ValueError(f"{name}: expected a finite number >= 0, got {x!r}")
+    return value
+
+
+@dataclass
+class Stats:
+    """Counts since construction: steps, and path ratios that were clamped."""
+
+    steps: int = 0
+    clamped: int = 0
+
+
+class GSGD:
+    """G-SGD: stochastic gradient descent in the positively scale-invariant space (Meng et al., ICLR 2019).
+
+    Parameters
+    ----------
+    params : mapping of str to array
+        Writable float32 or float64 arrays, or objects that export a writable CPU buffer or DLPack. They are updated in
+        place by `step`. A parameter that `net` does not mention takes plain SGD steps with the same hyperparameters.
+    net : Network
+        Which weight meets which unit.
+    lr : float
+        Learning rate. Assign to it for a schedule.
+    momentum, nesterov, weight_decay
+        As in SGD, on the coordinates x of method section 4. Weight decay acts on ordinary paths only: basis-path
+        regularization (the paper's section 11.5).
+    scale : {"balanced", "initial", "ones"}
+        On what scale path values are measured. "balanced": that of the rescaling with the least sum of squares, so
+        that training does not depend on the scale of the start. "initial": that of the weights as they are. "ones": the
+        paper's, which overwrites every skeleton weight by 1 (section 11.2). Only "ones" changes weights here.
+    rule : {"modulo", "largest"}
+        Which weights make the skeleton, see `Skeleton`. With ``scale="balanced"`` the largest are those of the
+        balanced network.
+    threads : int, optional
+        At most so many; OMP_NUM_THREADS or all processors by default. Results do not depend on it.
+    max_ratio : float
+        A path ratio outside ``[1 / max_ratio, max_ratio]`` is clamped and counted in `stats`.
+    backend : {"c", "reference"}
+        The C core, or the readable specification.
+
+    Raises
+    ------
+    ValueError, TypeError
+        Names, shapes, dtypes, memory or hyperparameters are not as they should be; nothing is changed.
+    """
+
+    def __init__(
+        self,
+        params: Mapping[str, Any],
+        net: Network,
+        lr: float = 0.1,
+        momentum: float = 0.0,
+        nesterov: bool = False,
+        weight_decay: float = 0.0,
+        scale: ScaleName = "balanced",
+        rule: Rule = "modulo",
+        threads: int | None = None,
+        *,
+        max_ratio: float = 10.0,
+        backend: Backend = "c",
+    ) -> None:
+        if scale not in ("balanced", "initial", "ones"):
+            raise ValueError(f"scale: expected 'balanced', 'initial' or 'ones', got {scale!r}")
+        if threads is not None and threads < 1:
+            raise ValueError(f"threads: expected at least 1, got {threads!r}")
+        if not (math.isfinite(max_ratio) and max_ratio > 1):
+            raise ValueError(f"max_ratio: expected a finite number > 1, got {max_ratio!r}")
+        self.lr = lr
+        self.weight_decay = weight_decay
+        self._momentum = non_negative("momentum", momentum)
+        self._nesterov = bool(nesterov)
+        if nesterov and not self._momentum:
+            raise ValueError("nesterov: expected a momentum > 0")
+        self.scale, self.max_ratio = scale, float(max_ratio)
+        self.threads = default_threads() if threads is None else threads
+        self.stats = Stats()
+        self._net = net
+        self._arrays = check_parameters(params, net, others=True)
+        self.skeleton = Skeleton(net, self._arrays, rule, backend=backend, _scaled=scale == "balanced")
+        if scale == "balanced":
+            c = self.skeleton.balanced_scale(self._arrays)
+        else:
+            c = np.ones(net.num_units)
+        if scale == "ones":
+            for edge in (*self.skeleton.in_edges, *self.skeleton.out_edges):
+                if edge is not None:
+                    self._arrays[edge[0]][edge[1]] = 1
+        self._set_reference((*self.skeleton.tree_weights(self._arrays), c))
+        self._momenta: Arrays | None = None
+        if self._momentum:
+            self._momenta = {name: np.zeros_like(a) for name, a in self._arrays.items()}
+
+    def _set_reference(self, found: tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]) -> None:
+        self._reference = found
+        self.skeleton.plan.set_reference(*found)
+
+    @property
+    def lr(self) -> float:
+        """The learning rate of the next step."""
+        return self._lr
+
+    @lr.setter
+    def lr(self, value: float) -> None:
+        self._lr = non_negative("lr", value)
+
+    @property
+    def weight_decay(self) -> float:
+        """The coefficient of basis-path regularization."""
+        return self._weight_decay
+
+    @weight_decay.setter
+    def weight_decay(self, value: float) -> None:
+        self._weight_decay = non_negative("weight_decay", value)
+
+    @property
+    def momentum(self) -> float:
+        """The momentum; fixed at construction."""
+        return self._momentum
+
+    @property
+    def nesterov(self) -> bool:
+        """Whether the momentum is Nesterov's; fixed at construction."""
+        return self._nesterov
+
+    def step(self, grads: Mapping[str, Any]) -> None:
+        """Update the parameters in place.
+
+        Parameters
+        ----------
+        grads : mapping of str to array
+            The gradient of every parameter, of its shape and dtype: any framework's CPU arrays, any strides. Read only.
+
+        Raises
+        ------
+        FloatingPointError
+            A gradient or a path ratio is not finite. The weights stay as they were.
+        """
+        if len(grads) != len(self._arrays) or not all(name in grads for name in self._arrays):
+            check_names(grads, self._arrays)
+        gradients = [
+            g if type(g) is np.ndarray else as_array(f"gradient of {name!r}", g)
+            for name, g in ((name, grads[name]) for name in self._arrays)
+        ]
+        sums = None
+        if any(b.batch_norm for b in self._net.blocks):
+            gradients, sums = self._batch_norm_gradients(gradients)
+        try:
+            clamped = self.skeleton.plan.step(
+                list(self._arrays.values()),
+                gradients,
+                sums,
+                None if self._momenta is None else list(self._momenta.values()),
+                self._lr,
+                self._momentum,
+                self._weight_decay,
+                self.max_ratio,
+                self._nesterov,
+                1 if _forked else self.threads,
+            )
+        except FloatingPointError as error:
+            raise FloatingPointError(self._explain(gradients, error.args[0])) from None
+        self.stats.steps += 1
+        self.stats.clamped += clamped
+
+    def _explain(self, gradients: list[NDArray[Any]], unit: int) -> str:
+        for name, g in zip(self._arrays, gradients, strict=True):
+            if not np.isfinite(g).all():
+                return f"gradient of {name!r} is not finite"
+        for name, w in self._arrays.items():
+            if not np.isfinite(w).all():
+                return f"parameter {name!r} has entries that are not finite"
+        if unit < 0:
+            return "the sums of weights times gradients overflow"
+        edges = (self.skeleton.in_edges[unit], self.skeleton.out_edges[unit])
+        return f"the path through unit {self._net.units[unit]} has no finite ratio; its skeleton weights are {edges}"
+
+    def _batch_norm_gradients(self, gradients: list[NDArray[Any]]) -> tuple[list[Any], list[Any]]:
+        """Gradients times norms of rows (equation 30), for the update and for the sums."""
+        number = {name: i for i, name in enumerate(self._arrays)}
+        scaled, sums = list(gradients), list(gradients)
+        squares: dict[str, Any] = {}
+        for b in self._net.blocks:
+            if b.batch_norm == "paper":
+                w = b.view(self._arrays[b.name])
+                squares[b.name] = squares.get(b.name, 0) + np.sum(w * w, axis=(2, 3, 4, 5), keepdims=True)
+        for b in self._net.blocks:
+            if b.batch_norm is None:
+                continue
+            i, w = number[b.name], b.view(self._arrays[b.name])
+            if scaled[i] is gradients[i]:
+                scaled[i] = np.array(gradients[i])
+            norm = np.sqrt(squares[b.name] if b.batch_norm == "paper" else np.sum(w * w, axis=2, keepdims=True))
+            np.multiply(b.view(scaled[i]), norm, out=b.view(scaled[i]))
+            if b.batch_norm == "paper":
+                sums[i] = scaled[i]
+        return scaled, sums
+
+    def state_dict(self) -> dict[str, Any]:
+        """Hyperparameters, skeleton, reference scale and momenta: copies, of plain Python and NumPy types."""
+        in_edges, out_edges = self.skeleton.edge_arrays
+        in_weights, out_weights, c = self._reference
+        return {
+            "lr": self.lr,
+            "momentum": self.momentum,
+            "nesterov": self.nesterov,
+            "weight_decay": self.weight_decay,
+            "max_ratio": self.max_ratio,
+            "scale": self.scale,
+            "rule": self.skeleton.rule,
+            "in_edges": in_edges.copy(),
+            "out_edges": out_edges.copy(),
+            "in_weights": in_weights.copy(),
+            "out_weights": out_weights.copy(),
+            "c": c.copy(),
+            "momenta": None if self._momenta is None else {n: m.copy() for n, m in self._momenta.items()},
+            "steps": self.stats.steps,
+            "clamped": self.stats.clamped,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from `state_dict`: with the weights of that moment, every further step has the same bits."""
+        missing = self.state_dict().keys() - state.keys()
+        if missing:
+            raise ValueError(f"state_dict: {sorted(missing)[0]!r} is missing")
+        lr, momentum, weight_decay = (non_negative(n, state[n]) for n in ("lr", "momentum", "weight_decay"))
+        momenta = state["momenta"]
+        if momenta is not None:
+            if momenta.keys() != self._arrays.keys():
+                raise ValueError("state_dict: 'momenta' are those of other parameters")
+            loaded = {name: np.zeros_like(a) for name, a in self._arrays.items()}
+            for name, m in loaded.items():
+                if np.shape(momenta[name]) != m.shape:
+                    raise ValueError(f"state_dict: momentum of {name!r}: expected shape {m.shape}")
+                m[...] = momenta[name]
+        units = self._net.num_units
+        edges = [np.ascontiguousarray(state[n], dtype=np.int64) for n in ("in_edges", "out_edges")]
+        reference = [np.array(state[n], dtype=np.float64) for n in ("in_weights", "out_weights", "c")]
+        if any(e.shape != (units, 2) for e in edges) or any(r.shape != (units,) for r in reference):
+            raise ValueError(f"state_dict: expected the skeleton of {units} units")
+        self.skeleton.replace_edges((edges[0], edges[1]), self._arrays)
+        self.skeleton.rule = state["rule"]
+        self._set_reference((reference[0], reference[1], reference[2]))
+        self.lr, self.weight_decay = lr, weight_decay
+        self._momentum, self._nesterov = momentum, bool(state["nesterov"])
+        self.max_ratio, self.scale = float(state["max_ratio"]), state["scale"]
+        self._momenta = None if momenta is None else loaded
+        self.stats = Stats(state["steps"], state["clamped"])

@@ -1,0 +1,224 @@
+"""Rescaling, balance, path norms and Path-SGD: what the description of a network alone can tell of its weights."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Mapping, MutableMapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gsgd.arrays import check_gradients, check_parameters
+from gsgd.network import Block, Network, Sum
+
+Floats = NDArray[np.float64]
+
+
+def require_symmetry(net: Network) -> None:
+    """Refuse a network whose batch normalization is treated by an approximation."""
+    modes = sorted({b.batch_norm for b in net.blocks if b.batch_norm is not None})
+    if modes:
+        raise ValueError(f"batch_norm={modes[0]!r} is an approximation, no symmetry; describe the network with 'exact'")
+
+
+def _of_rows(block: Block, x: Floats) -> Floats:
+    """`x` (one entry per unit, and 1 for pinned ends) at the rows of a block, (groups, rows, 1)."""
+    return x[block.rows].reshape(block.extents[0], -1, 1)
+
+
+def _of_cols(block: Block, x: Floats) -> Floats:
+    return x[block.cols].reshape(block.extents[0], 1, -1)
+
+
+def rescale(params: Mapping[str, Any], net: Network, scales: Any) -> None:
+    """Apply a positive scaling operator in place (definition 3.1): the function stays the same.
+
+    Parameters
+    ----------
+    params : mapping of str to array
+        Weights, changed in place: in-edges of unit v times ``scales[v]``, out-edges divided by it.
+    net : Network
+    scales : array, shape (net.num_units,)
+        Positive and finite, in the order of ``net.units``.
+    """
+    require_symmetry(net)
+    arrays = check_parameters(params, net)
+    c = np.asarray(scales, dtype=np.float64)
+    if c.shape != (net.num_units,):
+        raise ValueError(f"scales: expected shape ({net.num_units},), got {c.shape}")
+    if not (np.isfinite(c) & (c > 0)).all():
+        raise ValueError("scales: expected positive finite numbers")
+    c = np.append(c, 1.0)
+    for block in net.blocks:
+        w = block.view(arrays[block.name])
+        factor = _of_rows(block, c) / _of_cols(block, c)
+        np.multiply(w, factor[..., None, None, None], out=w, casting="same_kind")
+
+
+def balanced_scale(blocks: Sequence[Block], arrays: Mapping[str, NDArray[Any]], units: int) -> Floats:
+    """The c per unit that carries weights to the representative of least sum of squares among their rescalings.
+
+    Over-relaxed sweeps of c(v) = sqrt(|out(v)| / |in(v)|) over units, layer by layer (method section 4).
+    Units that some path of non-zero weights passes have a unique solution; all others must be pinned.
+    """
+    squares = [np.square(b.view(arrays[b.name]), dtype=np.float64).sum(axis=(3, 4, 5)) for b in blocks]
+    layer = np.full(units + 1, -1)
+    for k, block in enumerate(blocks):
+        rows = block.rows[block.rows >= 0]
+        layer[rows[layer[rows] < 0]] = k
+    groups = [np.flatnonzero(layer[:-1] == k) for k in np.unique(layer[:-1]) if k >= 0]
+    if not groups:
+        return np.ones(units)
+    over = 2 / (1 + math.sin(math.pi / (len(groups) + 1)))
+    sweeps = []
+    for members in groups:
+        is_member = np.zeros(units + 1, dtype=bool)
+        is_member[members] = True
+        writers = [k for k, b in enumerate(blocks) if is_member[b.rows].any()]
+        readers = [k for k, b in enumerate(blocks) if is_member[b.cols].any()]
+        # units of one group that feed each other move together: half a step is safe, more is not
+        omega = 0.5 if any(is_member[blocks[k].rows].any() for k in readers) else over
+        sweeps.append((members, writers, readers, omega))
+
+    log_c = np.zeros(units + 1)
+    tolerance, limit = 1e-13, 20_000
+    for sweep in range(limit):
+        largest = 0.0
+        for members, writers, readers, omega in sweeps:
+            c2 = np.exp(2 * log_c)
+            total_in, total_out = np.zeros(units + 1), np.zeros(units + 1)
+            for k in writers:
+                b = blocks[k]
+                sums = np.matmul(squares[k], (1 / c2)[b.cols].reshape(b.extents[0], -1, 1))
+                np.add.at(total_in, b.rows, sums.reshape(-1))
+            for k in readers:
+                b = blocks[k]
+                sums = np.matmul(c2[b.rows].reshape(b.extents[0], 1, -1), squares[k])
+                np.add.at(total_out, b.cols, sums.reshape(-1))
+            move = np.log(total_out[members] / (total_in[members] * c2[members] ** 2)) / 4
+            relax = min(omega, 1.0) if sweep < 3 else omega
+            log_c[members] += relax * move
+            largest = max(largest, float(np.abs(move).max()))
+        if largest < tolerance * max(1.0, float(np.abs(log_c).max())):
+            break
+        if sweep % 1000 == 999:
+            sweeps = [(m, w, r, (min(o, 1.0) + o) / 2) for m, w, r, o in sweeps]
+    else:
+        warnings.warn(f"the balanced scale did not converge: {largest:.1e} is left", RuntimeWarning, stacklevel=2)
+    return np.exp(log_c[:-1])
+
+
+def balance(params: Mapping[str, Any], net: Network) -> None:
+    """Rescale in place to the representative of least sum of squares: for every unit, equal norms in and out.
+
+    Units that no path of non-zero weights passes are left as they are.
+    """
+    from gsgd.skeleton import Skeleton
+
+    require_symmetry(net)
+    rescale(params, net, Skeleton(net, params).balanced_scale(params))
+
+
+def _path_sums(net: Network, powers: Mapping[str, Floats]) -> tuple[dict[int, tuple[Floats, Floats]], float]:
+    """Per block (P_in of its columns, P_out of its rows); and the total over all paths.
+
+    `powers` are |w|^q. P_in sums over paths from pinned sources, P_out over paths to pinned destinations.
+    """
+    unit = net.unit_of_node
+    operations = net.operations
+    views = {id(op): op.view(powers[op.name]).sum(axis=(3, 4, 5)) for op in operations if isinstance(op, Block)}
+    p_in = np.where(unit < 0, 1.0, 0.0)
+    sources: dict[int, Floats] = {}
+    for op in operations:
+        if isinstance(op, Sum):
+            p_in[op.out] = np.where(unit[op.out] < 0, 1.0, sum(p_in[term] for term in op.terms))
+            continue
+        groups = op.extents[0]
+        sources[id(op)] = p_in[op.col_nodes].reshape(groups, 1, -1)
+        reached = (views[id(op)] * sources[id(op)]).sum(axis=2).reshape(-1)
+        np.add.at(p_in, op.row_nodes, np.where(op.rows < 0, 0.0, reached))
+    p_out = np.where(unit < 0, 1.0, 0.0)
+    total = 0.0
+    sums: dict[int, tuple[Floats, Floats]] = {}
+    for op in reversed(operations):
+        if isinstance(op, Sum):
+            for term in op.terms:
+                p_out[term] += np.where(unit[term] < 0, 0.0, p_out[op.out])
+            continue
+        ahead = p_out[op.row_nodes].reshape(op.extents[0], -1, 1)
+        sums[id(op)] = sources[id(op)], ahead
+        weighted = views[id(op)] * ahead
+        total += float((weighted * sources[id(op)])[(op.cols < 0).reshape(op.extents[0], 1, -1).repeat(ahead.shape[1], 1)].sum())
+        np.add.at(p_out, op.col_nodes, np.where(op.cols < 0, 0.0, weighted.sum(axis=1).reshape(-1)))
+    return sums, total
+
+
+def path_norm(params: Mapping[str, Any], net: Network, power: float = 2) -> float:
+    """The sum over all paths of the product of ``|w| ** power`` (method section 8): no rescaling changes it.
+
+    Paths run from pinned sources (inputs and biases) to pinned destinations.
+    """
+    arrays = check_parameters(params, net, writable=False)
+    return _path_sums(net, {n: np.abs(a.astype(np.float64)) ** power for n, a in arrays.items()})[1]
+
+
+def symmetry_residual(params: Mapping[str, Any], grads: Mapping[str, Any], net: Network) -> Floats:
+    """How far gradients are from the symmetry: per unit |sum_in w g - sum_out w g|, relative; shape (H,).
+
+    The sums over in-edges and out-edges of a unit are equal when `net` describes the model (method section 2):
+    then the residual is rounding. It is relative to the root of the sum of (w g)^2 over these edges.
+    """
+    require_symmetry(net)
+    arrays = check_parameters(params, net, writable=False)
+    gradients = check_gradients(grads, arrays)
+    difference, squares = np.zeros(net.num_units + 1), np.zeros(net.num_units + 1)
+    for block in net.blocks:
+        products = block.view(arrays[block.name]).astype(np.float64) * block.view(gradients[block.name])
+        for ids, axes, sign in ((block.rows, (2, 3, 4, 5), 1.0), (block.cols, (1, 3, 4, 5), -1.0)):
+            np.add.at(difference, ids, sign * products.sum(axis=axes).reshape(-1))
+            np.add.at(squares, ids, np.square(products).sum(axis=axes).reshape(-1))
+    size = np.sqrt(squares[:-1])
+    return np.abs(difference[:-1]) / np.where(size > 0, size, 1.0)
+
+
+class PathSGD:
+    """Path-SGD (Neyshabur et al., 2015): ``w <- w - lr g / kappa``, the paper's baseline in section 5.3.
+
+    kappa of an edge u -> v is P_in(u) P_out(v), the sum over all paths through it of the squares of the other
+    weights (method section 8).
+
+    Parameters
+    ----------
+    params : mapping of str to array
+        Weights, updated in place by `step`.
+    net : Network
+    lr : float
+    """
+
+    def __init__(self, params: MutableMapping[str, Any] | Mapping[str, Any], net: Network, lr: float = 0.1) -> None:
+        if not (math.isfinite(lr) and lr >= 0):
+            raise ValueError(f"lr: expected a finite number >= 0, got {lr!r}")
+        require_symmetry(net)
+        self.lr = lr
+        self._net = net
+        self._arrays = check_parameters(params, net, others=True)
+
+    def step(self, grads: Mapping[str, Any]) -> None:
+        """Update the weights; parameters that the network does not mention take a plain step."""
+        gradients = check_gradients(grads, self._arrays)
+        for name, g in gradients.items():
+            if not np.isfinite(g).all():
+                raise FloatingPointError(f"gradient of {name!r} is not finite")
+        squares = {n: np.square(self._arrays[n].astype(np.float64)) for n in self._net.shapes}
+        sums, _ = _path_sums(self._net, squares)
+        for block in self._net.blocks:
+            p_in, p_out = sums[id(block)]
+            kappa = (p_in * p_out)[..., None, None, None]
+            w = block.view(self._arrays[block.name])
+            with np.errstate(divide="ignore", invalid="ignore"):
+                change = np.where(kappa > 0, self.lr * block.view(gradients[block.name]) / kappa, 0.0)
+            w -= change.astype(w.dtype)
+        for name in gradients.keys() - self._net.shapes.keys():
+            self._arrays[name] -= self.lr * gradients[name]

@@ -1,0 +1,475 @@
+"""The three stages over the array API standard: the specification, and the oracle of the tests.
+
+`gather`, `solve` and `apply` are pure functions of arrays of any namespace that array-api-compat knows. Units are
+numbered from 0; vectors over units have one more entry, H, which stands for every pinned end: A = B = rho = 1.
+Formulas: a is the product of tree weights from a pinned source, b to a pinned destination, relative to the
+reference scale (A and B); x = w A(u) B(v) is the coordinate of an ordinary edge u -> v, A(v) B(v) that of a chain.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+from array_api_compat import array_namespace, device
+from numpy.typing import NDArray
+
+from gsgd.network import PINNED, Block
+
+Array = Any
+Edges = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Options:
+    """Hyperparameters of one step; a path ratio outside ``[1 / max_ratio, max_ratio]`` is clamped."""
+
+    lr: Any
+    momentum: float = 0.0
+    weight_decay: float = 0.0
+    nesterov: bool = False
+    max_ratio: float = 10.0
+
+
+@dataclass(frozen=True)
+class BlockTables:
+    """A block, and masks over its entries of the tree edges that lie in it."""
+
+    block: Block
+    array: int
+    rows: Array
+    cols: Array
+    chain: Array
+    free: Array
+
+
+@dataclass(frozen=True)
+class TreeTables:
+    """Where tree edges lie, and how to multiply along them: after each jump a unit has gathered twice as many."""
+
+    blocks: tuple[int, ...]
+    entries: tuple[Array, ...]
+    order: Array
+    jumps: tuple[Array, ...]
+
+
+@dataclass(frozen=True)
+class Tables:
+    """Everything about a network and its skeleton that does not change: integers and masks."""
+
+    blocks: tuple[BlockTables, ...]
+    in_tree: TreeTables
+    out_tree: TreeTables
+    in_unit: Array
+    root: Array
+    chain: Array
+    columns_of_root: Array
+
+
+def tables(units: int, blocks: Sequence[tuple[int, Block]], in_edges: Edges, out_edges: Edges) -> Tables:
+    """Tables of a skeleton: `blocks` with the number of their array, edges as (block, entry) per unit."""
+    active = in_edges[:, 0] >= 0
+    can_move = np.append(active, False)  # the last for what is pinned
+
+    def ids(units_of: NDArray[np.int64]) -> NDArray[np.int64]:
+        return np.where(can_move[units_of], units_of, units)
+
+    def ends(edges: Edges, source: bool) -> NDArray[np.int64]:
+        found = np.full(units + 1, units, dtype=np.int64)
+        for u in np.flatnonzero(active):
+            block = blocks[edges[u, 0]][1]
+            g, r, c, *_ = np.unravel_index(edges[u, 1], block.extents)
+            found[u] = block.cols[g * block.dims[2].extent + c] if source else block.rows[g * block.dims[1].extent + r]
+        return ids(found)
+
+    in_unit, out_unit = ends(in_edges, True), ends(out_edges, False)
+    in_is_free = np.zeros(units + 1, dtype=bool)
+    for v in np.flatnonzero(active):
+        in_is_free[v] = in_unit[v] < units and tuple(out_edges[in_unit[v]]) == tuple(in_edges[v])
+    root = np.arange(units + 1)
+    while in_is_free[root].any():
+        root = np.where(in_is_free[root], in_unit[root], root)
+
+    per_block = []
+    columns: list[list[int]] = [[] for _ in range(units + 1)]
+    count = 0
+    for k, (array, block) in enumerate(blocks):
+        masks = []
+        for edges, wanted in ((in_edges, active & ~in_is_free[:-1]), (out_edges, active)):
+            mask = np.zeros(block.size, dtype=bool)
+            mask[edges[wanted & (edges[:, 0] == k), 1]] = True
+            masks.append(mask.reshape(block.extents))
+        g, r, c = block.extents[:3]
+        rows = ids(block.rows).reshape(g, r, 1, 1, 1, 1)
+        cols = ids(block.cols).reshape(g, 1, c, 1, 1, 1)
+        for u in cols.reshape(-1):
+            columns[root[u]].append(count)
+            count += 1
+        per_block.append(BlockTables(block, array, rows, cols, masks[0], masks[1]))
+    longest = max((len(found) for found in columns[:units]), default=0)
+    padded = np.full((units + 1, longest), count, dtype=np.int64)
+    for u in range(units):
+        padded[u, : len(columns[u])] = columns[u]
+
+    def tree(edges: Edges, ends: NDArray[np.int64]) -> TreeTables:
+        arrays, entries, order = [], [], np.full(units + 1, int(active.sum()), dtype=np.int64)
+        seen = 0
+        for k, (array, block) in enumerate(blocks):
+            here = np.flatnonzero(active & (edges[:, 0] == k))
+            if len(here):
+                arrays.append(k)
+                entries.append(edges[here, 1])
+                order[here] = np.arange(seen, seen + len(here))
+                seen += len(here)
+        jumps = []
+        while (ends != units).any():
+            jumps.append(ends)
+            ends = ends[ends]
+        return TreeTables(tuple(arrays), tuple(entries), order, tuple(jumps))
+
+    return Tables(
+        tuple(per_block),
+        tree(in_edges, in_unit),
+        tree(out_edges, out_unit),
+        in_unit,
+        root,
+        can_move & ~in_is_free,
+        padded,
+    )
+
+
+def convert(t: Tables, asarray: Callable[[NDArray[Any]], Array]) -> Tables:
+    """The same tables as arrays of another namespace or device."""
+
+    def of(x: Any) -> Any:
+        if isinstance(x, np.ndarray):
+            return asarray(x)
+        if isinstance(x, tuple):
+            return tuple(of(y) for y in x)
+        if isinstance(x, (BlockTables, TreeTables, Tables)):
+            return type(x)(*(of(getattr(x, f.name)) for f in fields(x)))
+        return x
+
+    converted: Tables = of(t)
+    return converted
+
+
+# reading blocks and trees
+
+
+def view(xp: Any, b: BlockTables, arrays: Sequence[Array]) -> Array:
+    """The block's entries, (groups, rows, cols, t0, t1, t2)."""
+    return b.block.view(arrays[b.array], xp)
+
+
+def assemble(xp: Any, t: Tables, parts: Sequence[Array], like: Sequence[Array]) -> list[Array]:
+    """Arrays from the entries of their blocks."""
+    pieces: dict[int, list[tuple[int, int, Array]]] = {}
+    for b, part in zip(t.blocks, parts, strict=True):
+        axis, first = b.block.start
+        pieces.setdefault(b.array, []).append((first, axis, b.block.unview(part, xp)))
+    arrays = []
+    for i, old in enumerate(like):
+        found = sorted(pieces[i], key=lambda p: p[0])
+        joined = xp.concat([p[2] for p in found], axis=found[0][1]) if len(found) > 1 else found[0][2]
+        arrays.append(xp.reshape(joined, old.shape))
+    return arrays
+
+
+def _take(xp: Any, x: Array, ids: Array) -> Array:
+    return xp.reshape(xp.take(x, xp.reshape(ids, (-1,))), ids.shape)
+
+
+def _at_tree(xp: Any, t: Tables, tree: TreeTables, arrays: Sequence[Array], end: float) -> Array:
+    """The entries of `arrays` at the edges of a tree, one per unit in float64; `end` where there is none."""
+    found = [
+        xp.astype(xp.take(xp.reshape(view(xp, t.blocks[k], arrays), (-1,)), entries), xp.float64)
+        for k, entries in zip(tree.blocks, tree.entries, strict=True)
+    ]
+    found.append(xp.full((1,), end, dtype=xp.float64, device=device(arrays[0])))
+    return xp.take(xp.concat(found), tree.order)
+
+
+def _along(xp: Any, tree: TreeTables, x: Array, combine: Callable[[Array, Array], Array]) -> Array:
+    """Combine a number per unit from every unit to the end of its tree."""
+    for jump in tree.jumps:
+        x = combine(x, xp.take(x, jump))
+    return x
+
+
+# the three stages
+
+
+@dataclass(frozen=True)
+class Scale:
+    """The reference scale: weights of in-edges and out-edges, and c, per unit; 1 at the end."""
+
+    in_weights: Array
+    out_weights: Array
+    c: Array
+
+
+@dataclass(frozen=True)
+class Solution:
+    """What solve finds per unit: A, B, the chain ratio R, rho, the chain's new momentum; and what went wrong."""
+
+    a: Array
+    b: Array
+    ratio: Array
+    rho: Array
+    momentum: Array
+    clamped: Array
+    finite: Array
+
+
+def gather(t: Tables, weights: Sequence[Array], sums: Sequence[Array]) -> Array:
+    """S per chain root: the sum of w g over the edges that leave the units of a chain, free edges left out."""
+    xp = array_namespace(*weights)
+    columns = []
+    for b in t.blocks:
+        products = xp.astype(view(xp, b, weights) * view(xp, b, sums), xp.float64)
+        products = xp.where(b.free, xp.zeros_like(products), products)
+        columns.append(xp.reshape(xp.sum(products, axis=(1, 3, 4, 5)), (-1,)))
+    columns.append(xp.zeros((1,), dtype=xp.float64, device=device(weights[0])))
+    return xp.sum(_take(xp, xp.concat(columns), t.columns_of_root), axis=1)
+
+
+def solve(
+    t: Tables,
+    scale: Scale,
+    weights: Sequence[Array],
+    gradients: Sequence[Array],
+    s: Array,
+    momenta: Sequence[Array] | None,
+    o: Options,
+) -> Solution:
+    """On the trees: chain products, the inverse chain rule, path ratios."""
+    xp = array_namespace(*weights)
+    in_weights = _at_tree(xp, t, t.in_tree, weights, 1.0)
+    a = _along(xp, t.in_tree, in_weights / scale.in_weights, xp.multiply) / scale.c
+    b = _along(xp, t.out_tree, _at_tree(xp, t, t.out_tree, weights, 1.0) / scale.out_weights, xp.multiply) * scale.c
+    x = a * b
+    d = (in_weights * _at_tree(xp, t, t.in_tree, gradients, 0.0) - s) / x
+    m = d if momenta is None else o.momentum * _at_tree(xp, t, t.in_tree, momenta, 0.0) + d
+    change = d + o.momentum * m if o.nesterov else m
+    r = xp.where(t.chain, 1 - o.lr * change / x, xp.ones_like(x))
+    ratio = xp.clip(r, 1 / o.max_ratio, o.max_ratio)
+    finite = xp.all(xp.isfinite(r)) & xp.all(xp.isfinite(1 / x)) & xp.all(xp.isfinite(x))
+    return Solution(a, b, ratio, xp.take(ratio, t.root), m, xp.sum(xp.astype(r != ratio, xp.int64)), finite)
+
+
+def apply(
+    t: Tables,
+    solution: Solution,
+    weights: Sequence[Array],
+    gradients: Sequence[Array],
+    momenta: Sequence[Array] | None,
+    o: Options,
+) -> tuple[list[Array], list[Array] | None]:
+    """New weights and momenta: ordinary edges, chains, and free edges, which stay."""
+    xp = array_namespace(*weights)
+    new_weights, new_momenta = [], []
+    for k in t.blocks:
+        w, g = view(xp, k, weights), view(xp, k, gradients)
+
+        def at(ids: Array, x: Array, like: Array = w) -> Array:
+            return xp.astype(_take(xp, x, ids), like.dtype)
+
+        per_x = at(k.cols, 1 / solution.a) * at(k.rows, 1 / solution.b)  # dw / dx
+        d = g * per_x
+        if o.weight_decay:
+            d = d + o.weight_decay * (w * (at(k.cols, solution.a) * at(k.rows, solution.b)))
+        change = d
+        if momenta is not None:
+            m = o.momentum * view(xp, k, momenta) + d
+            change = d + o.momentum * m if o.nesterov else m
+            m = xp.where(k.chain, at(k.rows, solution.momentum), m)
+            new_momenta.append(xp.where(k.free, xp.zeros_like(m), m))
+        rho = at(k.cols, 1 / solution.rho)
+        new = xp.where(k.chain, w * at(k.rows, solution.ratio) * rho, (w - o.lr * (change * per_x)) * rho)
+        new_weights.append(xp.where(k.free, w, new))
+    assembled = assemble(xp, t, new_weights, weights)
+    return assembled, None if momenta is None else assemble(xp, t, new_momenta, weights)
+
+
+def step(
+    t: Tables,
+    scale: Scale,
+    weights: Sequence[Array],
+    gradients: Sequence[Array],
+    sums: Sequence[Array],
+    momenta: Sequence[Array] | None,
+    o: Options,
+) -> tuple[list[Array], list[Array] | None, Solution]:
+    """Gather, solve, apply."""
+    s = gather(t, weights, sums)
+    solution = solve(t, scale, weights, gradients, s, momenta, o)
+    return *apply(t, solution, weights, gradients, momenta, o), solution
+
+
+# the plan: what the C core offers, on the functions above
+
+
+class Plan:
+    """`gsgd._core.Plan` in Python: the same methods on lists of NumPy arrays."""
+
+    def __init__(self, units: int, arrays: int, blocks: Sequence[tuple[int, Block]]) -> None:
+        self.units = units
+        self.arrays = arrays
+        self.blocks = list(blocks)
+
+    def choose_trees(self, weights: Sequence[Array], largest: bool, scale: Array | None) -> tuple[Edges, Edges]:
+        """Skeleton construction (section 4.1): the in-edge and the out-edge of every unit, (block, entry)."""
+        views = [np.abs(b.view(weights[i])) for i, b in self.blocks]
+        c = np.append(np.ones(self.units) if scale is None else scale, 1.0)
+        pinned: set[int] = set()
+        trees = []
+        for source_side in (True, False):
+            edges = np.full((self.units, 2), (-1, 0), dtype=np.int64)
+            done = {PINNED} | pinned
+            while True:
+                found = True
+                while found:
+                    found = False
+                    for k in range(len(views)) if source_side else reversed(range(len(views))):
+                        found |= self._choose_in_block(k, views[k], source_side, largest, c, done, edges)
+                stuck = [u for u in range(self.units) if u not in done]
+                if not stuck:
+                    break
+                alive = {u for k in range(len(views)) for u in self._alive(k, views[k], source_side)}
+                dead = [u for u in stuck if u not in alive] or stuck[:1]
+                pinned.update(dead)
+                done.update(dead)
+            trees.append(edges)
+        for edges in trees:
+            edges[list(pinned)] = (-1, 0)
+        return trees[0], trees[1]
+
+    def _ends(self, k: int, source_side: bool) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Units that seek an edge in a block, and those at the other end: (groups, entries) each."""
+        b = self.blocks[k][1]
+        rows, cols = b.rows.reshape(b.extents[0], -1), b.cols.reshape(b.extents[0], -1)
+        return (rows, cols) if source_side else (cols, rows)
+
+    def _alive(self, k: int, w: Array, source_side: bool) -> set[int]:
+        seekers, _ = self._ends(k, source_side)
+        return set(seekers[np.any(w != 0, axis=(2, 3, 4, 5) if source_side else (1, 3, 4, 5))].tolist())
+
+    def _choose_in_block(
+        self, k: int, w: Array, source_side: bool, largest: bool, c: Array, done: set[int], edges: Edges
+    ) -> bool:
+        seekers, others = self._ends(k, source_side)
+        taps = w.shape[3:]
+        centre = int(np.ravel_multi_index([n // 2 for n in taps], taps)) if all(taps) else 0
+        order = [centre, *(n for n in range(int(np.prod(taps))) if n != centre)]
+        found = False
+        for g, i in np.ndindex(seekers.shape):
+            if seekers[g, i] in done:
+                continue
+            count = others.shape[1]
+            best, best_size = None, 0.0
+            for n in range(count):
+                j = n if largest else (i + n) % count
+                if others[g, j] not in done:
+                    continue
+                r, col = (i, j) if source_side else (j, i)
+                factor = 1 / c[others[g, j]] if source_side else c[others[g, j]]
+                for tap in order:
+                    size = float(w[g, r, col].reshape(-1)[tap]) * factor
+                    if size > best_size:
+                        best, best_size = (r * w.shape[2] + col) * len(order) + tap, size
+                        if not largest:
+                            break
+                if best is not None and not largest:
+                    break
+            if best is not None:
+                edges[seekers[g, i]] = k, g * w.shape[1] * w.shape[2] * len(order) + best
+                done.add(int(seekers[g, i]))
+                found = True
+        return found
+
+    def set_trees(self, in_edges: Edges, out_edges: Edges) -> NDArray[np.bool_]:
+        """Use these trees; whether the in-edge of each unit is free."""
+        self._tables = tables(self.units, self.blocks, in_edges, out_edges)
+        return np.asarray((in_edges[:, 0] >= 0) & ~self._tables.chain[:-1])
+
+    def set_reference(self, in_weights: Array, out_weights: Array, c: Array) -> None:
+        """Measure path values relative to these tree weights and scale (method section 4)."""
+        self._scale = Scale(*(np.append(x, 1.0) for x in (in_weights, out_weights, c)))
+
+    def step(
+        self,
+        weights: list[Array],
+        gradients: list[Array],
+        sums: list[Array] | None,
+        momenta: list[Array] | None,
+        lr: float,
+        momentum: float,
+        weight_decay: float,
+        max_ratio: float,
+        nesterov: bool,
+        threads: int,
+    ) -> int:
+        """One step in place; the number of clamped ratios."""
+        o = Options(lr, momentum, weight_decay, nesterov, max_ratio)
+        if not all(np.all(np.isfinite(g)) for g in gradients):
+            raise FloatingPointError(-1)
+        with np.errstate(all="ignore"):
+            new, new_momenta, solution = step(
+                self._tables, self._scale, weights, gradients, gradients if sums is None else sums, momenta, o
+            )
+        if not solution.finite:
+            x = solution.a * solution.b
+            raise FloatingPointError(int(np.argmin(np.isfinite(x) & np.isfinite(1 / x) & np.isfinite(solution.momentum))))
+        for old, value in zip([*weights, *(momenta or [])], [*new, *(new_momenta or [])], strict=True):
+            old[...] = value
+        return int(solution.clamped)
+
+    def path_values(self, weights: list[Array], values: list[Array], logs: list[Array] | None) -> None:
+        """The value of the basis path that each weight owns, or its sign and logarithm."""
+        t = self._tables
+        in_weights, out_weights = (_at_tree(np, t, tree, weights, 1.0) for tree in (t.in_tree, t.out_tree))
+
+        def paths(f: Callable[[Array], Array], combine: Callable[[Array, Array], Array]) -> list[Array]:
+            a, b = _along(np, t.in_tree, f(in_weights), combine), _along(np, t.out_tree, f(out_weights), combine)
+            found = [combine(combine(a[k.cols], f(view(np, k, weights).astype(np.float64))), b[k.rows]) for k in t.blocks]
+            return assemble(np, t, [np.where(k.free, np.nan, x) for k, x in zip(t.blocks, found, strict=True)], weights)
+
+        with np.errstate(divide="ignore"):
+            if logs is None:
+                for to, x in zip(values, paths(lambda w: w, np.multiply), strict=True):
+                    to[...] = x
+            else:
+                for to, x in zip(values, paths(np.sign, np.multiply), strict=True):
+                    to[...] = x
+                for to, x in zip(logs, paths(lambda w: np.log(np.abs(w)), np.add), strict=True):
+                    to[...] = x
+
+    def path_gradients(self, weights: list[Array], gradients: list[Array], out: list[Array]) -> None:
+        """The inverse chain rule (section 4.2)."""
+        t = self._tables
+        s = gather(t, weights, gradients)
+        in_weights, out_weights = (_at_tree(np, t, tree, weights, 1.0) for tree in (t.in_tree, t.out_tree))
+        a, b = _along(np, t.in_tree, in_weights, np.multiply), _along(np, t.out_tree, out_weights, np.multiply)
+        d = (in_weights * _at_tree(np, t, t.in_tree, gradients, 0.0) - s) / (a * b)
+        if not np.isfinite(s).all():
+            raise FloatingPointError(-1)
+        parts = [
+            np.where(k.free, np.nan, np.where(k.chain, d[k.rows], view(np, k, gradients) / (a[k.cols] * b[k.rows])))
+            for k in t.blocks
+        ]
+        for to, x in zip(out, assemble(np, t, parts, weights), strict=True):
+            to[...] = x
+
+    def allocate(self, weights: list[Array], ratios: list[Array], out: list[Array]) -> None:
+        """Weight allocation (section 4.3)."""
+        t = self._tables
+        rho = np.where(t.chain, _at_tree(np, t, t.in_tree, ratios, 1.0), 1.0)[t.root]
+        parts = []
+        for k in t.blocks:
+            w = view(np, k, weights)
+            parts.append(np.where(k.free, w, w * view(np, k, ratios) / rho[k.cols]))
+        for to, x in zip(out, assemble(np, t, parts, weights), strict=True):
+            to[...] = x

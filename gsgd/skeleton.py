@@ -1,0 +1,228 @@
+"""The three methods of the paper, each by itself: skeleton construction, inverse chain rule, weight allocation."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gsgd import _core, reference
+from gsgd.arrays import Arrays, as_array, check_gradients, check_parameters
+from gsgd.network import PINNED, Block, Network, Sum, plain_block
+from gsgd.paths import balanced_scale
+
+Rule = Literal["modulo", "largest"]
+Backend = Literal["c", "reference"]
+Edge = tuple[str, tuple[int, ...]]
+
+
+def make_plan(net: Network, arrays: Arrays, backend: Backend) -> tuple[Any, list[Block]]:
+    """A plan of the network's blocks, and of a plain block for every array that it does not mention."""
+    blocks = [*net.blocks, *(plain_block(n, a.shape) for n, a in arrays.items() if n not in net.shapes)]
+    number = {name: i for i, name in enumerate(arrays)}
+    if backend == "reference":
+        return reference.Plan(net.num_units, len(arrays), [(number[b.name], b) for b in blocks]), blocks
+    if backend != "c":
+        raise ValueError(f"backend: expected 'c' or 'reference', got {backend!r}")
+    specs = [(name, a.shape, a.dtype.char) for name, a in arrays.items()]
+    described = [
+        (
+            number[b.name],
+            b.extents,
+            tuple(d.axis for d in b.dims),
+            tuple(d.step for d in b.dims),
+            *b.start,
+            b.rows,
+            b.cols,
+        )
+        for b in blocks
+    ]
+    return _core.Plan(net.num_units, specs, described), blocks
+
+
+class Skeleton:
+    """Skeleton weights of a network: an in-edge and an out-edge for every unit (the paper's section 4.1).
+
+    Every weight that is not free owns one basis path: in(u) + e + out(v) for an edge e = (u -> v).
+
+    Parameters
+    ----------
+    net : Network
+    params : mapping of str to array
+        float32 or float64 weights; read, not kept. What `net` does not mention is its own coordinate.
+    rule : {"modulo", "largest"}
+        "modulo": row i takes column i mod columns as in-edge, column j takes row j mod rows as out-edge, centre tap
+        (the paper's choice). "largest": the largest weight by magnitude. Both pass over exact zeros, take in-edges
+        from the first layer that writes a unit and out-edges from the last that reads it.
+    backend : {"c", "reference"}
+
+    Attributes
+    ----------
+    in_edges, out_edges : tuples of (name, index), one per unit
+        None for a unit that no path of non-zero weights passes: it is pinned.
+    free : dict of str to bool array
+        True at the out-edges, which never move.
+    """
+
+    def __init__(
+        self,
+        net: Network,
+        params: Mapping[str, Any],
+        rule: Rule = "modulo",
+        *,
+        backend: Backend = "c",
+        _scaled: bool = False,
+    ) -> None:
+        if rule not in ("modulo", "largest"):
+            raise ValueError(f"rule: expected 'modulo' or 'largest', got {rule!r}")
+        arrays = check_parameters(params, net, writable=False, others=True)
+        for name, a in arrays.items():
+            if not np.isfinite(a).all():
+                raise ValueError(f"parameter {name!r} has entries that are not finite")
+        self.net, self.rule, self.backend = net, rule, backend
+        plan, self._blocks = make_plan(net, arrays, backend)
+        scale = None
+        edges = plan.choose_trees(list(arrays.values()), False, None)
+        if rule == "largest":
+            if _scaled:
+                self.replace_edges(edges, arrays)
+                scale = self.balanced_scale(arrays)
+            edges = plan.choose_trees(list(arrays.values()), True, scale)
+        self.replace_edges(edges, arrays)
+
+    def replace_edges(self, edges: tuple[NDArray[np.int64], NDArray[np.int64]], arrays: Arrays) -> None:
+        """Use these trees, (block, entry) per unit; ValueError when they are none."""
+        plan, blocks = make_plan(self.net, arrays, self.backend)
+        self.in_is_free = plan.set_trees(*edges)
+        self.plan = plan
+        self.edge_arrays = edges
+        self.in_edges, self.out_edges = (
+            tuple((blocks[k].name, blocks[k].index(e)) if k >= 0 else None for k, e in found.tolist()) for found in edges
+        )
+        self.free = {name: np.zeros(a.shape, dtype=bool) for name, a in arrays.items()}
+        for edge in self.out_edges:
+            if edge is not None:
+                self.free[edge[0]][edge[1]] = True
+
+    @property
+    def pinned(self) -> dict[str, str]:
+        """Units of the network that the skeleton had to pin, by label, with the reason."""
+        reason = "no path of non-zero weights passes"
+        return {self.net.units[u]: reason for u, edge in enumerate(self.in_edges) if edge is None}
+
+    @property
+    def num_units(self) -> int:
+        """H: units that the skeleton did not have to pin."""
+        return self.net.num_units - len(self.pinned)
+
+    @property
+    def num_basis_paths(self) -> int:
+        """m - H."""
+        return self.net.num_weights - self.num_units
+
+    def tree_weights(self, arrays: Mapping[str, NDArray[Any]]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """The weights of in-edges and of out-edges, (H,) each; 1 where there is none."""
+        found = ([1.0 if e is None else float(arrays[e[0]][e[1]]) for e in edges] for edges in (self.in_edges, self.out_edges))
+        w_in, w_out = (np.array(w, dtype=np.float64) for w in found)
+        return w_in, w_out
+
+    def balanced_scale(self, params: Mapping[str, Any]) -> NDArray[np.float64]:
+        """c per unit, (H,): to the representative of least sum of squares; 1 for units that are pinned."""
+        arrays = check_parameters(params, self.net, writable=False)
+        active = np.array([e is not None for e in self.in_edges] + [False])
+        blocks = [
+            dataclasses.replace(
+                b, rows=np.where(active[b.rows], b.rows, PINNED), cols=np.where(active[b.cols], b.cols, PINNED)
+            )
+            for b in self.net.blocks
+        ]
+        return balanced_scale(blocks, arrays, self.net.num_units)
+
+    # the methods
+
+    def _arrays(self, params: Mapping[str, Any]) -> Arrays:
+        return check_parameters(params, self.net, writable=False, others=True)
+
+    def path_values(self, params: Mapping[str, Any]) -> Arrays:
+        """The value of the basis path that each weight owns: name -> float64 array; NaN where the weight is free."""
+        arrays = self._arrays(params)
+        values = {name: np.full(a.shape, np.nan) for name, a in arrays.items()}
+        self.plan.path_values(list(arrays.values()), list(values.values()), None)
+        return values
+
+    def log_path_values(self, params: Mapping[str, Any]) -> tuple[Arrays, Arrays]:
+        """Signs and logarithms of magnitudes of the path values, which underflow in deep networks."""
+        arrays = self._arrays(params)
+        signs = {name: np.full(a.shape, np.nan) for name, a in arrays.items()}
+        logs = {name: np.full(a.shape, np.nan) for name, a in arrays.items()}
+        self.plan.path_values(list(arrays.values()), list(signs.values()), list(logs.values()))
+        return signs, logs
+
+    def path_gradients(self, params: Mapping[str, Any], grads: Mapping[str, Any]) -> Arrays:
+        """The inverse chain rule (section 4.2): dl/dv, name -> float64 array; NaN where the weight is free.
+
+        Raises
+        ------
+        FloatingPointError
+            A gradient is not finite.
+        """
+        arrays = self._arrays(params)
+        gradients = check_gradients(grads, arrays)
+        out = {name: np.full(a.shape, np.nan) for name, a in arrays.items()}
+        for name, g in gradients.items():
+            if not np.isfinite(g).all():
+                raise FloatingPointError(f"gradient of {name!r} is not finite")
+        self.plan.path_gradients(list(arrays.values()), list(gradients.values()), list(out.values()))
+        return out
+
+    def allocate(self, params: Mapping[str, Any], ratios: Mapping[str, Any]) -> Arrays:
+        """Weight allocation (section 4.3): the weights whose basis paths are `ratios` times those of `params`.
+
+        Free weights keep their bits; `ratios` are not read there.
+        """
+        arrays = self._arrays(params)
+        given = {}
+        for name, a in arrays.items():
+            if name not in ratios:
+                raise ValueError(f"ratios of {name!r} are missing")
+            given[name] = as_array(f"ratios of {name!r}", ratios[name]).astype(np.float64)
+            if given[name].shape != a.shape:
+                raise ValueError(f"ratios of {name!r}: expected shape {a.shape}, got {given[name].shape}")
+        out = {name: np.empty_like(a) for name, a in arrays.items()}
+        self.plan.allocate(list(arrays.values()), list(given.values()), list(out.values()))
+        return out
+
+    def enumerate_paths(self, limit: int = 100_000) -> NDArray[np.int8]:
+        """The structure matrix (section 3.2): weights by paths, 1 where the path uses the weight.
+
+        For small networks: a ValueError when there are more than `limit` paths. Rows are weights in the order of
+        ``net.shapes``, each in C order; columns are all paths between pinned ends. Its rank is m - H.
+        """
+        net = self.net
+        active = np.array([e is not None for e in self.in_edges] + [False])
+        pinned = ~active[net.unit_of_node]
+        first = dict(zip(net.shapes, np.cumsum([0, *(math.prod(s) for s in net.shapes.values())]), strict=False))
+        begun: list[list[tuple[int, ...]]] = [[()] if p else [] for p in pinned]
+        ended: list[tuple[int, ...]] = []
+        for op in net.operations:
+            if isinstance(op, Sum):
+                for term in op.terms:
+                    for node, out in zip(term.tolist(), op.out.tolist(), strict=True):
+                        if not pinned[out]:
+                            begun[out] += begun[node]
+                continue
+            for entry, (g, r, c, *_) in enumerate(np.ndindex(op.extents)):
+                node, source = op.row_nodes[g * op.extents[1] + r], op.col_nodes[g * op.extents[2] + c]
+                row = int(first[op.name] + np.ravel_multi_index(op.index(entry), net.shapes[op.name]))
+                grown = [(*path, row) for path in begun[source]]
+                (ended if pinned[node] else begun[node]).extend(grown)
+                if len(ended) + len(begun[node]) > limit:
+                    raise ValueError(f"the network has more than {limit} paths")
+        matrix = np.zeros((net.num_weights, len(ended)), dtype=np.int8)
+        for k, path in enumerate(ended):
+            matrix[list(path), k] = 1
+        return matrix

@@ -1,0 +1,70 @@
+"""Build the extension `gsgd._core`; everything else is in pyproject.toml.
+
+Environment: ``GSGD_OPENMP=0`` builds without OpenMP, ``GSGD_WERROR=1`` makes warnings errors, ``GSGD_SANITIZE=1``
+builds with address and undefined-behaviour sanitizers.
+"""
+
+import os
+import sysconfig
+import tempfile
+from glob import glob
+from pathlib import Path
+
+import numpy
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError, LinkError
+
+LIMITED_API = not sysconfig.get_config_var("Py_GIL_DISABLED")
+
+FLAGS = ["-std=c11", "-O3", "-ffp-contract=off"]
+SANITIZE_FLAGS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g", "-O1"]
+WARNING_FLAGS = ["-Wall", "-Wextra", "-Werror"]
+MACROS = [("NPY_NO_DEPRECATED_API", "NPY_2_0_API_VERSION"), ("NPY_TARGET_VERSION", "NPY_2_0_API_VERSION")]
+
+
+class BuildExt(build_ext):
+    """Adds the flags that only the compiler at hand can tell."""
+
+    def build_extensions(self) -> None:
+        if os.environ.get("GSGD_OPENMP") != "0" and self.has_openmp():
+            for extension in self.extensions:
+                extension.extra_compile_args.append("-fopenmp")
+                extension.extra_link_args.append("-fopenmp")
+        super().build_extensions()
+
+    def has_openmp(self) -> bool:
+        with tempfile.TemporaryDirectory() as folder:
+            source = Path(folder, "probe.c")
+            source.write_text("#include <omp.h>\nint main(void) { return omp_get_max_threads() < 1; }\n")
+            try:
+                objects = self.compiler.compile([str(source)], output_dir=folder, extra_postargs=["-fopenmp"])
+                self.compiler.link_executable(objects, "probe", output_dir=folder, extra_postargs=["-fopenmp"])
+            except (CompileError, LinkError):
+                return False
+        return True
+
+
+compile_args, link_args = list(FLAGS), []
+if os.environ.get("GSGD_SANITIZE") == "1":
+    compile_args += SANITIZE_FLAGS
+    link_args += SANITIZE_FLAGS
+if os.environ.get("GSGD_WERROR") == "1":
+    compile_args += WARNING_FLAGS
+
+setup(
+    ext_modules=[
+        Extension(
+            "gsgd._core",
+            sources=sorted(glob("csrc/*.c")),
+            depends=sorted(glob("csrc/*.h") + glob("csrc/*.inc")),
+            include_dirs=["csrc", numpy.get_include()],
+            define_macros=[*MACROS, ("Py_LIMITED_API", "0x030B0000")] if LIMITED_API else MACROS,
+            extra_compile_args=compile_args,
+            extra_link_args=link_args,
+            py_limited_api=LIMITED_API,
+        )
+    ],
+    cmdclass={"build_ext": BuildExt},
+    options={"bdist_wheel": {"py_limited_api": "cp311"}} if LIMITED_API else {},
+)
