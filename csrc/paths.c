@@ -75,11 +75,7 @@ void gsgd_path_values(gsgd_plan *plan, const gsgd_array *weights, const gsgd_arr
 
 int gsgd_path_gradients(gsgd_plan *plan, const gsgd_array *weights, const gsgd_array *gradients,
                         const gsgd_array *out) {
-    gsgd_bind(plan, weights, offsetof(block, w));
-    gsgd_bind(plan, gradients, offsetof(block, g));
-    gsgd_bind(plan, gradients, offsetof(block, s));
-    gsgd_bind(plan, NULL, offsetof(block, m));
-    if (!gsgd_gather(plan))
+    if (!gsgd_gather(plan, weights, gradients))
         return 0;
     products(plan);
     gsgd_bind(plan, out, offsetof(block, m));
@@ -95,7 +91,7 @@ int gsgd_path_gradients(gsgd_plan *plan, const gsgd_array *weights, const gsgd_a
             if (what == ORDINARY)
                 d = load(b->type, &b->g, index) / (plan->a[u] * plan->b[v]);
             else if (what == CHAIN)
-                d = (gsgd_product(plan, &plan->in[v], 0) - plan->sum[v]) / (plan->a[v] * plan->b[v]);
+                d = (gsgd_product(plan, &plan->in[v]) - plan->sum[v]) / (plan->a[v] * plan->b[v]);
             store(GSGD_FLOAT64, &b->m, index, d);
         } while (advance(b, index));
     }

@@ -4,7 +4,10 @@
 
 #include "gsgd.h"
 
-enum { PANEL = 1024 }; /* columns of one accumulator: it stays in the L1 cache */
+enum {
+    PANEL = 4096, /* columns of one accumulator */
+    ONES = 1024,  /* factors of a block whose sources are all pinned, taken so many at a time */
+};
 
 /* A buffer through the eyes of a block. */
 typedef struct {
@@ -22,11 +25,11 @@ typedef struct {
     int64_t *row_unit, *col_unit;
     double *column_sum; /* (groups, cols, taps): sums over rows of w g */
     void *row_b, *row_inv_b;                /* (groups, rows), of the block's type */
-    /* (groups, cols * taps) of the block's type; PANEL ones for all when the block does not gather */
-    void *line_a, *line_inv_a, *line_inv_rho;
-    view w, g, s, m;                        /* of the call at work: weights, gradients, their sums', momenta */
+    /* (groups, cols * taps) of the block's type; ONES ones for all when the block does not gather */
+    void *line_a, *line_inv_a, *line_inv_rho, *line;
+    view w, g, s, m;       /* of the call at work: weights, gradients, those that are summed, momenta */
+    view seen_w, seen_g, seen_s, seen_m;    /* of the call before */
     int by_rows;                            /* whether a line over columns and taps is contiguous in all views */
-    ptrdiff_t placed[GSGD_NDIM];            /* the strides of a line for which place and unplace hold */
     ptrdiff_t *place, *unplace;             /* memory order of a line -> C order, and back */
     int shuffled;                           /* they differ */
     ptrdiff_t gather_pieces, gather_chunk, apply_pieces, apply_chunk;
@@ -36,6 +39,7 @@ typedef struct {
 typedef struct {
     ptrdiff_t block;
     ptrdiff_t index[GSGD_NDIM];
+    ptrdiff_t w, g, s, m; /* its offsets in the block's views */
 } tree_edge;
 
 /* Per-unit arrays begin at [-1], which stands for a pinned end. */
@@ -51,11 +55,12 @@ struct gsgd_plan {
     ptrdiff_t num_active;
     int64_t *in_order, *out_order; /* active units: sources first, destinations first */
     double *in0, *out0, *c;        /* the reference scale */
-    double *a, *b, *inv_rho;       /* A, B and 1 / rho of method section 4 */
+    double *a, *b, *inv_a, *inv_b, *inv_rho; /* A, B, their inverses and 1 / rho of method section 4 */
     double *sum;                   /* S, by chain root */
     double *ratio;                 /* R */
     double *new_in, *new_momentum, *kept_out; /* tree weights after the step */
     double *memory;                /* all of the above lies in here */
+    void *ones[2];                 /* ONES ones of each type */
 };
 
 /* Index a block's unit ids and a view. */
@@ -66,17 +71,23 @@ static inline ptrdiff_t offset_of(const view *v, const ptrdiff_t index[GSGD_NDIM
     return offset;
 }
 
-static inline double load(gsgd_type type, const view *v, const ptrdiff_t index[GSGD_NDIM]) {
-    ptrdiff_t i = offset_of(v, index);
+static inline double load_at(gsgd_type type, const view *v, ptrdiff_t i) {
     return type == GSGD_FLOAT32 ? (double)((const float *)v->data)[i] : ((const double *)v->data)[i];
 }
 
-static inline void store(gsgd_type type, const view *v, const ptrdiff_t index[GSGD_NDIM], double x) {
-    ptrdiff_t i = offset_of(v, index);
+static inline void store_at(gsgd_type type, const view *v, ptrdiff_t i, double x) {
     if (type == GSGD_FLOAT32)
         ((float *)v->data)[i] = (float)x;
     else
         ((double *)v->data)[i] = x;
+}
+
+static inline double load(gsgd_type type, const view *v, const ptrdiff_t index[GSGD_NDIM]) {
+    return load_at(type, v, offset_of(v, index));
+}
+
+static inline void store(gsgd_type type, const view *v, const ptrdiff_t index[GSGD_NDIM], double x) {
+    store_at(type, v, offset_of(v, index), x);
 }
 
 static inline int64_t row_unit(const block *b, const ptrdiff_t index[GSGD_NDIM]) {
@@ -98,10 +109,10 @@ static inline int advance(const block *b, ptrdiff_t index[GSGD_NDIM]) {
 /* See the caller's arrays (NULL: none) through every block; `which` is the view's offset in block. */
 void gsgd_bind(gsgd_plan *plan, const gsgd_array *arrays, size_t which);
 
-/* Gather by one thread, from the views w, g and s: S per chain root, in plan->sum. 0: not finite. */
-int gsgd_gather(gsgd_plan *plan);
+/* Gather by one thread: S per chain root, in plan->sum. 0: not finite. */
+int gsgd_gather(gsgd_plan *plan, const gsgd_array *weights, const gsgd_array *gradients);
 
-/* w g of a tree edge, rounded as the kernels round it. */
-double gsgd_product(const gsgd_plan *plan, const tree_edge *e, int sums);
+/* w g of a tree edge after gsgd_gather, rounded as the kernels round it. */
+double gsgd_product(const gsgd_plan *plan, const tree_edge *e);
 
 #endif

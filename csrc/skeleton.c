@@ -41,7 +41,7 @@ static int take_block(block *to, const gsgd_block *from, ptrdiff_t units, ptrdif
     ptrdiff_t num_rows = to->groups * to->rows, num_cols = to->groups * to->cols;
     for (ptrdiff_t j = 0; j < num_cols; ++j)
         to->gathers |= from->col_unit[j] != GSGD_PINNED;
-    ptrdiff_t line = to->gathers && num_cols * to->taps > PANEL ? num_cols * to->taps : PANEL;
+    ptrdiff_t line = to->gathers ? num_cols * to->taps : 0;
     ptrdiff_t places = to->gathers && to->taps > 1 ? to->cols * to->taps : 0;
     to->row_unit = malloc((size_t)(num_rows + num_cols + 1) * sizeof(int64_t));
     to->column_sum = malloc((size_t)(4 * line + 2 * num_rows + 1) * sizeof(double));
@@ -50,12 +50,9 @@ static int take_block(block *to, const gsgd_block *from, ptrdiff_t units, ptrdif
         return 0;
     to->unplace = to->place + places;
     to->col_unit = to->row_unit + num_rows;
-    double *scratch = to->column_sum + line;
-    to->line_a = scratch;
-    to->line_inv_a = scratch + line;
-    to->line_inv_rho = scratch + 2 * line;
-    to->row_b = scratch + 3 * line;
-    to->row_inv_b = scratch + 3 * line + num_rows;
+    to->line = to->column_sum + line;
+    to->row_b = to->column_sum + 4 * line;
+    to->row_inv_b = to->column_sum + 4 * line + num_rows;
     if (num_rows)
         memcpy(to->row_unit, from->row_unit, (size_t)num_rows * sizeof(int64_t));
     if (num_cols)
@@ -79,7 +76,7 @@ gsgd_status gsgd_create(gsgd_plan **out, ptrdiff_t units, ptrdiff_t arrays, cons
     plan->in = calloc(2 * n, sizeof *plan->in);
     plan->in_unit = calloc(5 * n, sizeof *plan->in_unit);
     plan->active = calloc(2 * n, 1);
-    plan->memory = calloc(11 * n, sizeof *plan->memory);
+    plan->memory = calloc(13 * n + 2 * ONES, sizeof *plan->memory);
     if (!plan->block || !plan->in || !plan->in_unit || !plan->active || !plan->memory) {
         gsgd_destroy(plan);
         return GSGD_OK;
@@ -91,11 +88,15 @@ gsgd_status gsgd_create(gsgd_plan **out, ptrdiff_t units, ptrdiff_t arrays, cons
     plan->out_order = plan->in_unit + 4 * n;
     plan->in_is_free = plan->active + n;
     double **array[] = {&plan->in0, &plan->out0,  &plan->c,      &plan->a,
-                        &plan->b,   &plan->inv_rho, &plan->sum,    &plan->ratio,
+                        &plan->b,   &plan->inv_a,   &plan->inv_b,  &plan->inv_rho, &plan->sum,    &plan->ratio,
                         &plan->new_in, &plan->new_momentum, &plan->kept_out};
     for (size_t i = 0; i < sizeof array / sizeof *array; ++i)
         *array[i] = plan->memory + i * n + 1;
-    plan->a[-1] = plan->b[-1] = plan->c[-1] = plan->inv_rho[-1] = 1;
+    plan->a[-1] = plan->b[-1] = plan->c[-1] = plan->inv_a[-1] = plan->inv_b[-1] = plan->inv_rho[-1] = 1;
+    float *ones_f32 = plan->ones[GSGD_FLOAT32] = plan->memory + 13 * n;
+    double *ones_f64 = plan->ones[GSGD_FLOAT64] = plan->memory + 13 * n + ONES;
+    for (int i = 0; i < ONES; ++i)
+        ones_f32[i] = 1, ones_f64[i] = 1;
 
     for (ptrdiff_t k = 0; k < blocks; ++k) {
         int taken = take_block(&plan->block[k], &source[k], units, arrays, types);
@@ -317,6 +318,11 @@ gsgd_status gsgd_set_trees(gsgd_plan *plan, const gsgd_edge *in, const gsgd_edge
                 b->row_unit[i] = GSGD_PINNED;
         for (ptrdiff_t i = 0; i < b->groups * b->cols; ++i)
             b->gathers |= b->col_unit[i] != GSGD_PINNED;
+        size_t line = (size_t)(b->groups * b->cols * b->taps);
+        b->line_a = b->gathers ? b->line : plan->ones[b->type];
+        b->line_inv_a = b->gathers ? (double *)b->line + line : plan->ones[b->type];
+        b->line_inv_rho = b->gathers ? (double *)b->line + 2 * line : plan->ones[b->type];
+        b->seen_w.data = NULL;
     }
     for (int64_t u = 0; u < plan->units; ++u) {
         if (!plan->active[u])

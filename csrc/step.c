@@ -81,7 +81,7 @@ static void plan_walk(block *b) {
     b->shuffled = 0;
     for (int i = 1; i < n; ++i)
         b->shuffled |= b->gathers && order[i] > order[i - 1];
-    if (!b->by_rows || !b->shuffled || memcmp(b->placed, b->w.stride, sizeof b->placed) == 0)
+    if (!b->by_rows || !b->shuffled)
         return;
     for (ptrdiff_t k = 0; k < line; ++k) {
         ptrdiff_t index[GSGD_NDIM], at = 0;
@@ -91,7 +91,6 @@ static void plan_walk(block *b) {
         b->unplace[k] = at;
         b->place[at] = k;
     }
-    memcpy(b->placed, b->w.stride, sizeof b->placed);
 }
 
 static ptrdiff_t at_least(ptrdiff_t low, ptrdiff_t x) { return x > low ? x : low; }
@@ -172,10 +171,15 @@ static void apply(job *j) {
     }
 }
 
-double gsgd_product(const gsgd_plan *plan, const tree_edge *e, int sums) {
+/* w g of a tree edge, rounded as the kernels round it. */
+static double product(const gsgd_plan *plan, const tree_edge *e, const view *g, ptrdiff_t at) {
     const block *b = &plan->block[e->block];
-    double w = load(b->type, &b->w, e->index), g = load(b->type, sums ? &b->s : &b->g, e->index);
-    return b->type == GSGD_FLOAT32 ? (double)((float)w * (float)g) : w * g;
+    double w = load_at(b->type, &b->w, e->w), d = load_at(b->type, g, at);
+    return b->type == GSGD_FLOAT32 ? (double)((float)w * (float)d) : w * d;
+}
+
+double gsgd_product(const gsgd_plan *plan, const tree_edge *e) {
+    return product(plan, e, &plan->block[e->block].g, e->g);
 }
 
 /* S(v) by chain root: out-edges of the units that share it, free edges left out. */
@@ -197,14 +201,15 @@ static int sum_by_root(gsgd_plan *plan) {
     }
     for (ptrdiff_t n = 0; n < plan->num_active; ++n) {
         int64_t u = plan->in_order[n];
-        plan->sum[plan->root[u]] -= gsgd_product(plan, &plan->out[u], 1);
+        const tree_edge *e = &plan->out[u];
+        plan->sum[plan->root[u]] -= product(plan, e, &plan->block[e->block].s, e->s);
     }
     return 1;
 }
 
 static double tree_weight(const gsgd_plan *plan, const tree_edge *e) {
     const block *b = &plan->block[e->block];
-    return load(b->type, &b->w, e->index);
+    return load_at(b->type, &b->w, e->w);
 }
 
 /* A and B of every unit: chain products relative to the reference scale. A unit where one is 0 or not finite, or -1. */
@@ -219,7 +224,9 @@ static int64_t chain_products(gsgd_plan *plan) {
     }
     for (ptrdiff_t n = 0; n < plan->num_active; ++n) {
         int64_t v = plan->in_order[n];
-        if (!isfinite(a[v] * b[v]) || !isfinite(1 / (a[v] * b[v])))
+        plan->inv_a[v] = 1 / a[v];
+        plan->inv_b[v] = 1 / b[v];
+        if (!isfinite(a[v] * b[v]) || !isfinite(plan->inv_a[v] * plan->inv_b[v]))
             return v;
     }
     return -1;
@@ -240,9 +247,9 @@ static gsgd_status solve(job *j) {
         if (!plan->in_is_free[v]) {
             const block *b = &plan->block[in->block];
             double x = plan->a[v] * plan->b[v], w = tree_weight(plan, in);
-            double d = (gsgd_product(plan, in, 0) - plan->sum[v]) / x, change = d;
+            double d = (gsgd_product(plan, in) - plan->sum[v]) / x, change = d;
             if (j->momentum) {
-                double m = o->momentum * load(b->type, &b->m, in->index) + d;
+                double m = o->momentum * load_at(b->type, &b->m, in->m) + d;
                 plan->new_momentum[v] = m;
                 change = o->nesterov ? d + o->momentum * m : m;
             }
@@ -260,9 +267,9 @@ static gsgd_status solve(job *j) {
     }
     for (ptrdiff_t k = 0; k < plan->blocks; ++k)
         if (plan->block[k].type == GSGD_FLOAT32)
-            spread_f32(plan, &plan->block[k]);
+            spread_f32(plan, &plan->block[k], o->weight_decay != 0);
         else
-            spread_f64(plan, &plan->block[k]);
+            spread_f64(plan, &plan->block[k], o->weight_decay != 0);
     return GSGD_OK;
 }
 
@@ -273,14 +280,14 @@ static void store_trees(job *j) {
         const tree_edge *in = &plan->in[v], *out = &plan->out[v];
         const block *b = &plan->block[in->block];
         if (!plan->in_is_free[v]) {
-            store(b->type, &b->w, in->index, plan->new_in[v]);
+            store_at(b->type, &b->w, in->w, plan->new_in[v]);
             if (j->momentum)
-                store(b->type, &b->m, in->index, plan->new_momentum[v]);
+                store_at(b->type, &b->m, in->m, plan->new_momentum[v]);
         }
         b = &plan->block[out->block];
-        store(b->type, &b->w, out->index, plan->kept_out[v]);
+        store_at(b->type, &b->w, out->w, plan->kept_out[v]);
         if (j->momentum)
-            store(b->type, &b->m, out->index, 0);
+            store_at(b->type, &b->m, out->m, 0);
     }
 }
 
@@ -295,13 +302,45 @@ static void work(void *context, int leader) {
         apply(j);
 }
 
-static ptrdiff_t plan_work(gsgd_plan *plan) {
+static int same_strides(const view *v, const view *seen) {
+    return (v->data == NULL) == (seen->data == NULL) &&
+           (v->data == NULL || memcmp(v->stride, seen->stride, sizeof v->stride) == 0);
+}
+
+static void locate(const gsgd_plan *plan, tree_edge *e) {
+    const block *b = &plan->block[e->block];
+    e->w = offset_of(&b->w, e->index);
+    e->g = offset_of(&b->g, e->index);
+    e->s = offset_of(&b->s, e->index);
+    e->m = b->m.data == NULL ? 0 : offset_of(&b->m, e->index);
+}
+
+/* See the caller's arrays, and plan the walk over them unless it is that of the call before. The number of entries. */
+static ptrdiff_t plan_work(gsgd_plan *plan, const gsgd_array *weights, const gsgd_array *gradients,
+                           const gsgd_array *sums, const gsgd_array *momenta) {
     ptrdiff_t size = 0;
+    int changed = 0;
+    gsgd_bind(plan, weights, offsetof(block, w));
+    gsgd_bind(plan, gradients, offsetof(block, g));
+    gsgd_bind(plan, sums, offsetof(block, s));
+    gsgd_bind(plan, momenta, offsetof(block, m));
     for (ptrdiff_t k = 0; k < plan->blocks; ++k) {
         block *b = &plan->block[k];
+        size += b->groups * b->rows * b->cols * b->taps;
+        if (same_strides(&b->w, &b->seen_w) && same_strides(&b->g, &b->seen_g) &&
+            same_strides(&b->s, &b->seen_s) && same_strides(&b->m, &b->seen_m))
+            continue;
+        changed = 1;
         plan_walk(b);
         plan_pieces(b);
-        size += b->groups * b->rows * b->cols * b->taps;
+        b->seen_w = b->w;
+        b->seen_g = b->g;
+        b->seen_s = b->s;
+        b->seen_m = b->m;
+    }
+    for (ptrdiff_t n = 0; changed && n < plan->num_active; ++n) {
+        locate(plan, &plan->in[plan->in_order[n]]);
+        locate(plan, &plan->out[plan->in_order[n]]);
     }
     return size;
 }
@@ -309,11 +348,8 @@ static ptrdiff_t plan_work(gsgd_plan *plan) {
 gsgd_status gsgd_step(gsgd_plan *plan, const gsgd_array *weights, const gsgd_array *gradients,
                       const gsgd_array *sums, const gsgd_array *momenta, const gsgd_options *options,
                       ptrdiff_t *clamped, int64_t *unit) {
-    gsgd_bind(plan, weights, offsetof(block, w));
-    gsgd_bind(plan, gradients, offsetof(block, g));
-    gsgd_bind(plan, sums, offsetof(block, s));
-    gsgd_bind(plan, momenta, offsetof(block, m));
-    int threads = plan_work(plan) < SERIAL ? 1 : options->threads;
+    ptrdiff_t size = plan_work(plan, weights, gradients, sums, momenta);
+    int threads = size < SERIAL ? 1 : options->threads;
     job j = {.plan = plan, .options = options, .momentum = momenta != NULL};
     run_parallel(threads, work, &j);
     if (j.status == GSGD_OK)
@@ -323,9 +359,9 @@ gsgd_status gsgd_step(gsgd_plan *plan, const gsgd_array *weights, const gsgd_arr
     return j.status;
 }
 
-int gsgd_gather(gsgd_plan *plan) {
+int gsgd_gather(gsgd_plan *plan, const gsgd_array *weights, const gsgd_array *gradients) {
     job j = {.plan = plan};
-    plan_work(plan);
+    plan_work(plan, weights, gradients, gradients, NULL);
     gather(&j);
     return sum_by_root(plan);
 }

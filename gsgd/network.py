@@ -513,7 +513,7 @@ class Network:
     def _compile(self, check: bool = True) -> _Compiled:
         if self._compiled is None:
             self._compiled = _Compiled(self)
-        if check:
+        if check and not self._compiled.complete:
             self._compiled.raise_if_incomplete()
         return self._compiled
 
@@ -629,6 +629,7 @@ class _Compiled:
                 operations.append(Block(op.name, d, start, units[rows], units[cols], rows, cols, mode))
         self.operations = tuple(operations)
         self.blocks = tuple(op for op in operations if isinstance(op, Block))
+        self.complete = False  # every unit is known to be read and written
 
     def raise_if_incomplete(self) -> None:
         for attribute, verb in (("rows", "written"), ("cols", "read")):
@@ -642,3 +643,4 @@ class _Compiled:
                     f"unit {name} is never {verb}: pass it to a layer, or to net.output or net.pin "
                     f"({len(missing)} such units)"
                 )
+        self.complete = True

@@ -119,7 +119,9 @@ class GSGD:
         self.threads = default_threads() if threads is None else threads
         self.stats = Stats()
         self._net = net
+        self._approximates = any(b.batch_norm for b in net.blocks)
         self._arrays = check_parameters(params, net, others=True)
+        self._weights = list(self._arrays.values())
         self.skeleton = Skeleton(net, self._arrays, rule, backend=backend, _scaled=scale == "balanced")
         if scale == "balanced":
             c = self.skeleton.balanced_scale(self._arrays)
@@ -186,11 +188,11 @@ class GSGD:
             for name, g in ((name, grads[name]) for name in self._arrays)
         ]
         sums = None
-        if any(b.batch_norm for b in self._net.blocks):
+        if self._approximates:
             gradients, sums = self._batch_norm_gradients(gradients)
         try:
             clamped = self.skeleton.plan.step(
-                list(self._arrays.values()),
+                self._weights,
                 gradients,
                 sums,
                 None if self._momenta is None else list(self._momenta.values()),
