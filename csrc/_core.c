@@ -1,5 +1,5 @@
-/* _core.c - the binding: the only file that knows Python and NumPy. Parse, check everything, release the GIL, call the
- * core once, map the status. */
+/* _core.c - the binding: the only file that knows Python and NumPy. Parse, check everything, release the GIL,
+ * call the core once, map the status. */
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 
@@ -18,10 +18,10 @@ typedef struct {
 } spec;
 
 typedef struct {
-    PyObject_HEAD
-    gsgd_plan *plan;
+    PyObject_HEAD gsgd_plan *plan;
     ptrdiff_t units, arrays;
     spec *spec;
+    gsgd_rates *rates;
     gsgd_array *array;  /* (MAX_ROLES, arrays) */
     ptrdiff_t *strides; /* (MAX_ROLES, arrays, MAX_NDIM) */
     int busy;
@@ -29,7 +29,8 @@ typedef struct {
 
 static int type_number(gsgd_type type) { return type == GSGD_FLOAT32 ? NPY_FLOAT32 : NPY_FLOAT64; }
 
-/* Fill role `role` from a list of arrays as the specs say; NULL with an exception set. */
+/* Fill role `role` from a list of arrays as the specs say; NULL with an exception set. But for the weights
+ * (role 0) an item may be None, or the address of a buffer that is laid out as the weights are. */
 static const gsgd_array *take_arrays(Plan *self, PyObject *list, int role, const char *what, int as_float64,
                                      int writable) {
     gsgd_array *arrays = self->array + role * self->arrays;
@@ -40,6 +41,14 @@ static const gsgd_array *take_arrays(Plan *self, PyObject *list, int role, const
     for (ptrdiff_t i = 0; i < self->arrays; ++i) {
         const spec *s = &self->spec[i];
         PyObject *item = PyList_GetItem(list, i);
+        if (item == Py_None && role > 0) {
+            arrays[i] = (gsgd_array){NULL, NULL};
+            continue;
+        }
+        if (PyLong_Check(item) && role > 0) {
+            arrays[i] = (gsgd_array){PyLong_AsVoidPtr(item), self->array[i].strides};
+            continue;
+        }
         if (!PyArray_Check(item)) {
             PyErr_Format(PyExc_TypeError, "%s of %R: expected a NumPy array, got %R", what, s->name,
                          (PyObject *)Py_TYPE(item));
@@ -48,8 +57,9 @@ static const gsgd_array *take_arrays(Plan *self, PyObject *list, int role, const
         PyArrayObject *a = (PyArrayObject *)item;
         int number = as_float64 ? NPY_FLOAT64 : type_number(s->type);
         if (PyArray_TYPE(a) != number || !PyArray_ISBEHAVED_RO(a)) {
-            PyErr_Format(PyExc_TypeError, "%s of %R: expected dtype %s in native byte order, aligned, got %R", what, s->name,
-                         number == NPY_FLOAT32 ? "float32" : "float64", (PyObject *)PyArray_DESCR(a));
+            PyErr_Format(PyExc_TypeError, "%s of %R: expected dtype %s in native byte order, aligned, got %R",
+                         what, s->name, number == NPY_FLOAT32 ? "float32" : "float64",
+                         (PyObject *)PyArray_DESCR(a));
             return NULL;
         }
         int same = PyArray_NDIM(a) == s->ndim;
@@ -59,21 +69,23 @@ static const gsgd_array *take_arrays(Plan *self, PyObject *list, int role, const
             PyObject *expected = PyArray_IntTupleFromIntp(s->ndim, s->shape);
             PyObject *got = PyArray_IntTupleFromIntp(PyArray_NDIM(a), PyArray_DIMS(a));
             if (expected != NULL && got != NULL)
-                PyErr_Format(PyExc_ValueError, "%s of %R: expected shape %R, got %R", what, s->name, expected, got);
+                PyErr_Format(PyExc_ValueError, "%s of %R: expected shape %R, got %R", what, s->name, expected,
+                             got);
             Py_XDECREF(expected);
             Py_XDECREF(got);
             return NULL;
         }
         if (writable && !PyArray_ISWRITEABLE(a)) {
-            PyErr_Format(PyExc_ValueError, "%s of %R: expected a writable array, it is read-only", what, s->name);
+            PyErr_Format(PyExc_ValueError, "%s of %R: expected a writable array, it is read-only", what,
+                         s->name);
             return NULL;
         }
         ptrdiff_t *strides = self->strides + (role * self->arrays + i) * MAX_NDIM;
         ptrdiff_t size = number == NPY_FLOAT32 ? sizeof(float) : sizeof(double);
         for (int d = 0; d < s->ndim; ++d) {
             if (PyArray_DIM(a, d) > 1 && PyArray_STRIDE(a, d) % size) {
-                PyErr_Format(PyExc_ValueError, "%s of %R: expected strides that are multiples of %zd bytes", what,
-                             s->name, (Py_ssize_t)size);
+                PyErr_Format(PyExc_ValueError, "%s of %R: expected strides that are multiples of %zd bytes",
+                             what, s->name, (Py_ssize_t)size);
                 return NULL;
             }
             strides[d] = PyArray_STRIDE(a, d) / size;
@@ -88,7 +100,8 @@ static void *take_units(const Plan *self, PyObject *x, int number, int ndim, con
     if (PyArray_Check(x)) {
         PyArrayObject *a = (PyArrayObject *)x;
         if (PyArray_TYPE(a) == number && PyArray_IS_C_CONTIGUOUS(a) && PyArray_ISBEHAVED_RO(a) &&
-            PyArray_NDIM(a) == ndim && PyArray_DIM(a, 0) == self->units && (ndim == 1 || PyArray_DIM(a, 1) == 2))
+            PyArray_NDIM(a) == ndim && PyArray_DIM(a, 0) == self->units &&
+            (ndim == 1 || PyArray_DIM(a, 1) == 2))
             return PyArray_DATA(a);
     }
     PyErr_Format(PyExc_ValueError, "%s: expected a contiguous array with one row per unit (%zd)", what,
@@ -136,7 +149,8 @@ static int take_spec(PyObject *item, spec *to) {
 static const int64_t *take_ids(PyObject *x, ptrdiff_t count) {
     PyArrayObject *a = (PyArrayObject *)x;
     if (PyArray_TYPE(a) != NPY_INT64 || !PyArray_IS_C_CONTIGUOUS(a) || PyArray_SIZE(a) != count) {
-        PyErr_SetString(PyExc_ValueError, "expected contiguous int64 unit ids, one per row and one per column");
+        PyErr_SetString(PyExc_ValueError,
+                        "expected contiguous int64 unit ids, one per row and one per column");
         return NULL;
     }
     return PyArray_DATA(a);
@@ -197,11 +211,12 @@ static PyObject *Plan_new(PyTypeObject *type, PyObject *args, PyObject *kwargs) 
     Py_ssize_t count = PyList_Size(blocks), arrays = PyList_Size(specs);
     self->units = units;
     self->spec = PyMem_Calloc((size_t)arrays + 1, sizeof *self->spec);
+    self->rates = PyMem_Calloc((size_t)arrays + 1, sizeof *self->rates);
     self->array = PyMem_Calloc((size_t)arrays * MAX_ROLES + 1, sizeof *self->array);
     self->strides = PyMem_Calloc((size_t)arrays * MAX_ROLES * MAX_NDIM + 1, sizeof *self->strides);
     block = PyMem_Calloc((size_t)count + 1, sizeof *block);
     types = PyMem_Calloc((size_t)arrays + 1, sizeof *types);
-    if (!self->spec || !self->array || !self->strides || !block || !types) {
+    if (!self->spec || !self->rates || !self->array || !self->strides || !block || !types) {
         PyErr_NoMemory();
         goto done;
     }
@@ -214,7 +229,8 @@ static PyObject *Plan_new(PyTypeObject *type, PyObject *args, PyObject *kwargs) 
     for (Py_ssize_t k = 0; k < count; ++k) {
         if (!take_block(PyList_GetItem(blocks, k), &block[k]))
             goto done;
-        if (block[k].array < 0 || block[k].array >= arrays || !block_fits(&block[k], &self->spec[block[k].array])) {
+        if (block[k].array < 0 || block[k].array >= arrays ||
+            !block_fits(&block[k], &self->spec[block[k].array])) {
             PyErr_Format(PyExc_ValueError, "block %zd does not lie in its array", k);
             goto done;
         }
@@ -241,6 +257,7 @@ static void Plan_dealloc(PyObject *object) {
     for (ptrdiff_t i = 0; self->spec != NULL && i < self->arrays; ++i)
         Py_XDECREF(self->spec[i].name);
     PyMem_Free(self->spec);
+    PyMem_Free(self->rates);
     PyMem_Free(self->array);
     PyMem_Free(self->strides);
     release(object);
@@ -263,10 +280,8 @@ static PyObject *Plan_choose_trees(PyObject *object, PyObject *args) {
     if (in != NULL && out != NULL && enter(self)) {
         gsgd_rule rule = largest ? GSGD_LARGEST : GSGD_MODULO;
         gsgd_edge *to_in = PyArray_DATA((PyArrayObject *)in), *to_out = PyArray_DATA((PyArrayObject *)out);
-        Py_BEGIN_ALLOW_THREADS
-        gsgd_choose_trees(self->plan, w, rule, c, to_in, to_out);
-        Py_END_ALLOW_THREADS
-        self->busy = 0;
+        Py_BEGIN_ALLOW_THREADS gsgd_choose_trees(self->plan, w, rule, c, to_in, to_out);
+        Py_END_ALLOW_THREADS self->busy = 0;
         result = Py_BuildValue("OO", in, out);
     }
     Py_XDECREF(in);
@@ -286,8 +301,8 @@ static PyObject *Plan_set_trees(PyObject *object, PyObject *args) {
         return NULL;
     npy_intp shape[1] = {self->units};
     free_in = PyArray_SimpleNew(1, shape, NPY_BOOL);
-    if (free_in != NULL &&
-        gsgd_set_trees(self->plan, from_in, from_out, PyArray_DATA((PyArrayObject *)free_in), &unit) != GSGD_OK) {
+    if (free_in != NULL && gsgd_set_trees(self->plan, from_in, from_out,
+                                          PyArray_DATA((PyArrayObject *)free_in), &unit) != GSGD_OK) {
         Py_CLEAR(free_in);
         PyErr_Format(PyExc_ValueError, "the skeleton edges of unit %lld make no tree", (long long)unit);
     }
@@ -312,13 +327,28 @@ static PyObject *Plan_set_reference(PyObject *object, PyObject *args) {
     Py_RETURN_NONE;
 }
 
+/* Hyperparameters from a contiguous float64 array of rows (lr, momentum, weight_decay, nesterov). */
+static const gsgd_rates *take_rates(Plan *self, PyObject *x) {
+    PyArrayObject *a = (PyArrayObject *)x;
+    if (!PyArray_Check(x) || PyArray_TYPE(a) != NPY_FLOAT64 || !PyArray_IS_C_CONTIGUOUS(a) ||
+        PyArray_NDIM(a) != 2 || PyArray_DIM(a, 0) != self->arrays || PyArray_DIM(a, 1) != 4) {
+        PyErr_Format(PyExc_ValueError, "rates: expected a contiguous float64 array of shape (%zd, 4)",
+                     (Py_ssize_t)self->arrays);
+        return NULL;
+    }
+    const double *from = PyArray_DATA(a);
+    for (ptrdiff_t i = 0; i < self->arrays; ++i, from += 4)
+        self->rates[i] = (gsgd_rates){from[0], from[1], from[2], from[3] != 0};
+    return self->rates;
+}
+
 static PyObject *Plan_step(PyObject *object, PyObject *args) {
     Plan *self = (Plan *)object;
-    PyObject *weights, *gradients, *sums, *momenta;
+    PyObject *weights, *gradients, *sums, *momenta, *rates;
     gsgd_options o;
-    const gsgd_array *w, *g, *s, *m = NULL;
-    if (!PyArg_ParseTuple(args, "OOOOddddpi", &weights, &gradients, &sums, &momenta, &o.lr, &o.momentum,
-                          &o.weight_decay, &o.max_ratio, &o.nesterov, &o.threads))
+    const gsgd_array *w, *g, *s, *m;
+    if (!PyArg_ParseTuple(args, "OOOOOdi", &weights, &gradients, &sums, &momenta, &rates, &o.max_ratio,
+                          &o.threads))
         return NULL;
     if (!enter(self))
         return NULL;
@@ -328,13 +358,11 @@ static PyObject *Plan_step(PyObject *object, PyObject *args) {
     if ((w = take_arrays(self, weights, 0, "parameter", 0, 1)) == NULL ||
         (g = take_arrays(self, gradients, 1, "gradient", 0, 0)) == NULL ||
         (s = sums == Py_None ? g : take_arrays(self, sums, 2, "summed gradient", 0, 0)) == NULL ||
-        (momenta != Py_None && (m = take_arrays(self, momenta, 3, "momentum", 0, 1)) == NULL))
+        (m = take_arrays(self, momenta, 3, "momentum", 0, 1)) == NULL ||
+        (o.rates = take_rates(self, rates)) == NULL)
         goto done;
-    Py_BEGIN_ALLOW_THREADS
-    status = gsgd_step(self->plan, w, g, s, m, &o, &clamped, &unit);
-    Py_END_ALLOW_THREADS
-done:
-    self->busy = 0;
+    Py_BEGIN_ALLOW_THREADS status = gsgd_step(self->plan, w, g, s, m, &o, &clamped, &unit);
+    Py_END_ALLOW_THREADS done : self->busy = 0;
     if (PyErr_Occurred())
         return NULL;
     return status == GSGD_OK ? PyLong_FromSsize_t(clamped) : raise_not_finite(unit);
@@ -349,8 +377,7 @@ static PyObject *Plan_path_values(PyObject *object, PyObject *args) {
     if ((w = take_arrays(self, weights, 0, "parameter", 0, 0)) != NULL &&
         (v = take_arrays(self, values, 1, "path value", 1, 1)) != NULL &&
         (logs == Py_None || (l = take_arrays(self, logs, 2, "logarithm", 1, 1)) != NULL)) {
-        Py_BEGIN_ALLOW_THREADS
-        gsgd_path_values(self->plan, w, v, l);
+        Py_BEGIN_ALLOW_THREADS gsgd_path_values(self->plan, w, v, l);
         Py_END_ALLOW_THREADS
     }
     self->busy = 0;
@@ -361,16 +388,16 @@ static PyObject *Plan_path_values(PyObject *object, PyObject *args) {
 
 static PyObject *Plan_path_gradients(PyObject *object, PyObject *args) {
     Plan *self = (Plan *)object;
-    PyObject *weights, *gradients, *out;
-    const gsgd_array *w, *g, *d;
+    PyObject *weights, *gradients, *sums, *out;
+    const gsgd_array *w, *g, *s, *d;
     int finite = 1;
-    if (!PyArg_ParseTuple(args, "OOO", &weights, &gradients, &out) || !enter(self))
+    if (!PyArg_ParseTuple(args, "OOOO", &weights, &gradients, &sums, &out) || !enter(self))
         return NULL;
     if ((w = take_arrays(self, weights, 0, "parameter", 0, 0)) != NULL &&
         (g = take_arrays(self, gradients, 1, "gradient", 0, 0)) != NULL &&
-        (d = take_arrays(self, out, 2, "path gradient", 1, 1)) != NULL) {
-        Py_BEGIN_ALLOW_THREADS
-        finite = gsgd_path_gradients(self->plan, w, g, d);
+        (s = take_arrays(self, sums, 2, "summed gradient", 0, 0)) != NULL &&
+        (d = take_arrays(self, out, 3, "path gradient", 1, 1)) != NULL) {
+        Py_BEGIN_ALLOW_THREADS finite = gsgd_path_gradients(self->plan, w, g, s, d);
         Py_END_ALLOW_THREADS
     }
     self->busy = 0;
@@ -390,8 +417,7 @@ static PyObject *Plan_allocate(PyObject *object, PyObject *args) {
     if ((w = take_arrays(self, weights, 0, "parameter", 0, 0)) != NULL &&
         (r = take_arrays(self, ratios, 1, "ratio", 1, 0)) != NULL &&
         (to = take_arrays(self, out, 2, "new weight", 0, 1)) != NULL) {
-        Py_BEGIN_ALLOW_THREADS
-        gsgd_allocate(self->plan, w, r, to);
+        Py_BEGIN_ALLOW_THREADS gsgd_allocate(self->plan, w, r, to);
         Py_END_ALLOW_THREADS
     }
     self->busy = 0;
@@ -401,13 +427,15 @@ static PyObject *Plan_allocate(PyObject *object, PyObject *args) {
 }
 
 static PyMethodDef Plan_methods[] = {
-    {"choose_trees", Plan_choose_trees, METH_VARARGS, "choose_trees(weights, largest, scale) -> (in_edges, out_edges)"},
-    {"set_trees", Plan_set_trees, METH_VARARGS, "set_trees(in_edges, out_edges) -> whether each in-edge is free"},
+    {"choose_trees", Plan_choose_trees, METH_VARARGS,
+     "choose_trees(weights, largest, scale) -> (in_edges, out_edges)"},
+    {"set_trees", Plan_set_trees, METH_VARARGS,
+     "set_trees(in_edges, out_edges) -> whether each in-edge is free"},
     {"set_reference", Plan_set_reference, METH_VARARGS, "set_reference(in_weights, out_weights, c)"},
     {"step", Plan_step, METH_VARARGS,
-     "step(weights, gradients, sums, momenta, lr, momentum, weight_decay, max_ratio, nesterov, threads) -> number clamped"},
+     "step(weights, gradients, sums, momenta, rates, max_ratio, threads) -> number clamped"},
     {"path_values", Plan_path_values, METH_VARARGS, "path_values(weights, values, logs)"},
-    {"path_gradients", Plan_path_gradients, METH_VARARGS, "path_gradients(weights, gradients, out)"},
+    {"path_gradients", Plan_path_gradients, METH_VARARGS, "path_gradients(weights, gradients, sums, out)"},
     {"allocate", Plan_allocate, METH_VARARGS, "allocate(weights, ratios, out)"},
     {NULL, NULL, 0, NULL},
 };
@@ -429,7 +457,8 @@ static PyType_Spec Plan_spec = {
 
 static int exec_module(PyObject *module) {
     PyObject *type = NULL;
-    int failed = PyArray_ImportNumPyAPI() < 0 || (type = PyType_FromModuleAndSpec(module, &Plan_spec, NULL)) == NULL ||
+    int failed = PyArray_ImportNumPyAPI() < 0 ||
+                 (type = PyType_FromModuleAndSpec(module, &Plan_spec, NULL)) == NULL ||
                  PyModule_AddObjectRef(module, "Plan", type) < 0;
     Py_XDECREF(type);
     return failed ? -1 : 0;

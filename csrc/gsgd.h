@@ -34,8 +34,8 @@ typedef struct {
     int axis;
 } gsgd_dim;
 
-/** A (part of a) weight array as edges: entry (g, r, c, t0, t1, t2) leads from unit col_unit[g * cols + c] to unit
- * row_unit[g * rows + r]. The first entry lies at index `start` of `start_axis`. */
+/** A (part of a) weight array as edges: entry (g, r, c, t0, t1, t2) leads from unit col_unit[g * cols + c] to
+ * unit row_unit[g * rows + r]. The first entry lies at index `start` of `start_axis`. */
 typedef struct {
     ptrdiff_t array;
     gsgd_dim dim[GSGD_NDIM];
@@ -58,18 +58,23 @@ typedef struct {
 
 typedef enum { GSGD_MODULO, GSGD_LARGEST } gsgd_rule;
 
+/** The hyperparameters of one array. */
 typedef struct {
     double lr, momentum, weight_decay;
-    double max_ratio; /* r: a path ratio outside [1 / r, r] is clamped and counted */
     int nesterov;
-    int threads; /* at most so many; small networks are done by one */
+} gsgd_rates;
+
+typedef struct {
+    const gsgd_rates *rates; /* one per array */
+    double max_ratio;        /* r: a path ratio outside [1 / r, r] is clamped and counted */
+    int threads;             /* at most so many; small networks are done by one */
 } gsgd_options;
 
 typedef struct gsgd_plan gsgd_plan;
 
-/** Plan a network of `units` units whose weights lie in `arrays` arrays of the given `types`. Blocks are in the
- * order in which the network computes; no entry may belong to two of them. On success *plan is to be given to gsgd_destroy;
- * NULL with GSGD_OK means that memory ran out. */
+/** Plan a network of `units` units whose weights lie in `arrays` arrays of the given `types`. Blocks are in
+ * the order in which the network computes; no entry may belong to two of them. On success *plan is to be
+ * given to gsgd_destroy; NULL with GSGD_OK means that memory ran out. */
 gsgd_status gsgd_create(gsgd_plan **plan, ptrdiff_t units, ptrdiff_t arrays, const gsgd_type *types,
                         ptrdiff_t blocks, const gsgd_block *block);
 
@@ -78,39 +83,42 @@ void gsgd_destroy(gsgd_plan *plan);
 /** Skeleton construction (section 4.1). Chooses an in-edge and an out-edge for every unit among the non-zero
  * `weights`: an in-edge from the first block that writes the unit, an out-edge from the last that reads it.
  * GSGD_MODULO: row i takes column i mod columns, column j takes row j mod rows, the centre tap, or the next
- * candidate where that is zero. GSGD_LARGEST: the largest |w| c(v) / c(u), `scale` being c (NULL: 1). A unit that no path of non-zero weights
- * passes gets no edges (block -1): it is pinned by gsgd_set_trees. Writes in[units] and out[units]. */
+ * candidate where that is zero. GSGD_LARGEST: the largest |w| c(v) / c(u), `scale` being c (NULL: 1). A unit
+ * that no path of non-zero weights passes gets no edges (block -1): it is pinned by gsgd_set_trees. Writes
+ * in[units] and out[units]. */
 void gsgd_choose_trees(gsgd_plan *plan, const gsgd_array *weights, gsgd_rule rule, const double *scale,
                        gsgd_edge *in, gsgd_edge *out);
 
-/** Take these in-edges and out-edges, checked: GSGD_BAD_TREE with *unit telling where. Pins units without edges.
- * Writes free_in[units]: whether the in-edge is some unit's out-edge. */
+/** Take these in-edges and out-edges, checked: GSGD_BAD_TREE with *unit telling where. Pins units without
+ * edges. Writes free_in[units]: whether the in-edge is some unit's out-edge. */
 gsgd_status gsgd_set_trees(gsgd_plan *plan, const gsgd_edge *in, const gsgd_edge *out, uint8_t *free_in,
                            int64_t *unit);
 
-/** Set the reference scale: the weights of in-edges and out-edges and the number c per unit, relative to which
- * path values are measured (all non-zero). Arrays of `units` entries. */
+/** Set the reference scale: the weights of in-edges and out-edges and the number c per unit, relative to
+ * which path values are measured (all non-zero). Arrays of `units` entries. */
 void gsgd_set_reference(gsgd_plan *plan, const double *in, const double *out, const double *c);
 
-/** One step: gather, solve, apply. `weights` and `momenta` (NULL when momentum is 0) are updated in place. `sums`
- * are the gradients that the sums of the inverse chain rule read: `gradients` but for approximations of batch
- * normalization. Writes the number of clamped ratios. GSGD_NOT_FINITE leaves everything as it was, with *unit telling where,
- * or -1 for a gradient. */
+/** One step: gather, solve, apply. `weights` and `momenta` are updated in place; data NULL in `momenta`: no
+ * momentum. `sums` are the gradients that the sums of the inverse chain rule read: `gradients` but for
+ * approximations of batch normalization. Data NULL in `gradients` and `sums`: the array's own terms are left
+ * out; its paths keep their values, and its momenta theirs. Writes the number of clamped ratios.
+ * GSGD_NOT_FINITE leaves everything as it was, with *unit telling where, or -1 for a gradient. */
 gsgd_status gsgd_step(gsgd_plan *plan, const gsgd_array *weights, const gsgd_array *gradients,
                       const gsgd_array *sums, const gsgd_array *momenta, const gsgd_options *options,
                       ptrdiff_t *clamped, int64_t *unit);
 
-/** The value of the basis path that each weight owns, in(u) + e + out(v); NaN where the weight is free. `values` are float64
- * arrays; `logs`, if not NULL, receive log |value| while `values` receive the sign. */
+/** The value of the basis path that each weight owns, in(u) + e + out(v); NaN where the weight is free.
+ * `values` are float64 arrays; `logs`, if not NULL, receive log |value| while `values` receive the sign. */
 void gsgd_path_values(gsgd_plan *plan, const gsgd_array *weights, const gsgd_array *values,
                       const gsgd_array *logs);
 
-/** The inverse chain rule (section 4.2): dl/dv per weight, float64, NaN where it is free. 0 if a sum is not finite. */
+/** The inverse chain rule (section 4.2): dl/dv per weight, float64, NaN where it is free. 0 if a sum is not
+ * finite. */
 int gsgd_path_gradients(gsgd_plan *plan, const gsgd_array *weights, const gsgd_array *gradients,
-                         const gsgd_array *out);
+                        const gsgd_array *sums, const gsgd_array *out);
 
-/** Weight allocation (section 4.3): the weights, in the weights' own type, whose basis paths are `ratios` (float64) times those of `weights`.
- * Ratios of free weights are not read. */
+/** Weight allocation (section 4.3): the weights, in the weights' own type, whose basis paths are `ratios`
+ * (float64) times those of `weights`. Ratios of free weights are not read. */
 void gsgd_allocate(gsgd_plan *plan, const gsgd_array *weights, const gsgd_array *ratios,
                    const gsgd_array *out);
 

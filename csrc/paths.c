@@ -9,7 +9,8 @@ enum { ORDINARY, CHAIN, FREE };
 static int role(const gsgd_plan *plan, ptrdiff_t k, const ptrdiff_t index[GSGD_NDIM]) {
     const block *b = &plan->block[k];
     int64_t u = col_unit(b, index), v = row_unit(b, index);
-    int is_out = u != GSGD_PINNED && plan->out[u].block == k, is_in = v != GSGD_PINNED && plan->in[v].block == k;
+    int is_out = u != GSGD_PINNED && plan->out[u].block == k,
+        is_in = v != GSGD_PINNED && plan->in[v].block == k;
     for (int d = 0; d < GSGD_NDIM; ++d) {
         is_out = is_out && plan->out[u].index[d] == index[d];
         is_in = is_in && plan->in[v].index[d] == index[d];
@@ -74,8 +75,8 @@ void gsgd_path_values(gsgd_plan *plan, const gsgd_array *weights, const gsgd_arr
 }
 
 int gsgd_path_gradients(gsgd_plan *plan, const gsgd_array *weights, const gsgd_array *gradients,
-                        const gsgd_array *out) {
-    if (!gsgd_gather(plan, weights, gradients))
+                        const gsgd_array *sums, const gsgd_array *out) {
+    if (!gsgd_gather(plan, weights, gradients, sums))
         return 0;
     products(plan);
     gsgd_bind(plan, out, offsetof(block, m));

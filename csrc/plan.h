@@ -23,15 +23,15 @@ typedef struct {
     ptrdiff_t groups, rows, cols, taps; /* taps: of all three tap dimensions */
     int gathers;                        /* some source is a unit */
     int64_t *row_unit, *col_unit;
-    double *column_sum; /* (groups, cols, taps): sums over rows of w g */
-    void *row_b, *row_inv_b;                /* (groups, rows), of the block's type */
+    double *column_sum;      /* (groups, cols, taps): sums over rows of w g */
+    void *row_b, *row_inv_b; /* (groups, rows), of the block's type */
     /* (groups, cols * taps) of the block's type; ONES ones for all when the block does not gather */
     void *line_a, *line_inv_a, *line_inv_rho, *line;
-    view w, g, s, m;       /* of the call at work: weights, gradients, those that are summed, momenta */
-    view seen_w, seen_g, seen_s, seen_m;    /* of the call before */
-    int by_rows;                            /* whether a line over columns and taps is contiguous in all views */
-    ptrdiff_t *place, *unplace;             /* memory order of a line -> C order, and back */
-    int shuffled;                           /* they differ */
+    view w, g, s, m; /* of the call at work: weights, gradients, those that are summed, momenta */
+    view seen_w, seen_g, seen_s, seen_m; /* of the call before */
+    int by_rows;                         /* whether a line over columns and taps is contiguous in all views */
+    ptrdiff_t *place, *unplace;          /* memory order of a line -> C order, and back */
+    int shuffled;                        /* they differ */
     ptrdiff_t gather_pieces, gather_chunk, apply_pieces, apply_chunk;
 } block;
 
@@ -47,20 +47,20 @@ struct gsgd_plan {
     ptrdiff_t units, blocks;
     block *block;
     tree_edge *in, *out;
-    int64_t *in_unit;        /* source of the in-edge */
-    int64_t *out_unit;       /* destination of the out-edge */
-    int64_t *root;           /* the unit whose chain ratio moves this unit */
-    uint8_t *active;         /* has edges */
-    uint8_t *in_is_free;     /* the in-edge is the source's out-edge */
+    int64_t *in_unit;    /* source of the in-edge */
+    int64_t *out_unit;   /* destination of the out-edge */
+    int64_t *root;       /* the unit whose chain ratio moves this unit */
+    uint8_t *active;     /* has edges */
+    uint8_t *in_is_free; /* the in-edge is the source's out-edge */
     ptrdiff_t num_active;
-    int64_t *in_order, *out_order; /* active units: sources first, destinations first */
-    double *in0, *out0, *c;        /* the reference scale */
-    double *a, *b, *inv_a, *inv_b, *inv_rho; /* A, B, their inverses and 1 / rho of method section 4 */
-    double *sum;                   /* S, by chain root */
-    double *ratio;                 /* R */
+    int64_t *in_order, *out_order;            /* active units: sources first, destinations first */
+    double *in0, *out0, *c;                   /* the reference scale */
+    double *a, *b, *inv_a, *inv_b, *inv_rho;  /* A, B, their inverses and 1 / rho of method section 4 */
+    double *sum;                              /* S, by chain root */
+    double *ratio;                            /* R */
     double *new_in, *new_momentum, *kept_out; /* tree weights after the step */
-    double *memory;                /* all of the above lies in here */
-    void *ones[2];                 /* ONES ones of each type */
+    double *memory;                           /* all of the above lies in here */
+    void *ones[2];                            /* ONES ones of each type */
 };
 
 /* Index a block's unit ids and a view. */
@@ -106,11 +106,13 @@ static inline int advance(const block *b, ptrdiff_t index[GSGD_NDIM]) {
     return 0;
 }
 
-/* See the caller's arrays (NULL: none) through every block; `which` is the view's offset in block. */
+/* See the caller's arrays (NULL: none) through every block; `which` is the view's offset in block. Data NULL:
+ * none. */
 void gsgd_bind(gsgd_plan *plan, const gsgd_array *arrays, size_t which);
 
 /* Gather by one thread: S per chain root, in plan->sum. 0: not finite. */
-int gsgd_gather(gsgd_plan *plan, const gsgd_array *weights, const gsgd_array *gradients);
+int gsgd_gather(gsgd_plan *plan, const gsgd_array *weights, const gsgd_array *gradients,
+                const gsgd_array *sums);
 
 /* w g of a tree edge after gsgd_gather, rounded as the kernels round it. */
 double gsgd_product(const gsgd_plan *plan, const tree_edge *e);

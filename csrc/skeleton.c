@@ -1,4 +1,5 @@
-/* skeleton.c - plans, and skeleton construction: an in-tree and an out-tree over the units, chosen and checked. */
+/* skeleton.c - plans, and skeleton construction: an in-tree and an out-tree over the units, chosen and
+ * checked. */
 #include "plan.h"
 
 #include <math.h>
@@ -87,8 +88,8 @@ gsgd_status gsgd_create(gsgd_plan **out, ptrdiff_t units, ptrdiff_t arrays, cons
     plan->in_order = plan->in_unit + 3 * n;
     plan->out_order = plan->in_unit + 4 * n;
     plan->in_is_free = plan->active + n;
-    double **array[] = {&plan->in0, &plan->out0,  &plan->c,      &plan->a,
-                        &plan->b,   &plan->inv_a,   &plan->inv_b,  &plan->inv_rho, &plan->sum,    &plan->ratio,
+    double **array[] = {&plan->in0,    &plan->out0,         &plan->c,       &plan->a,   &plan->b,
+                        &plan->inv_a,  &plan->inv_b,        &plan->inv_rho, &plan->sum, &plan->ratio,
                         &plan->new_in, &plan->new_momentum, &plan->kept_out};
     for (size_t i = 0; i < sizeof array / sizeof *array; ++i)
         *array[i] = plan->memory + i * n + 1;
@@ -114,7 +115,7 @@ void gsgd_bind(gsgd_plan *plan, const gsgd_array *arrays, size_t which) {
         block *b = &plan->block[k];
         view *v = (view *)((char *)b + which);
         v->data = NULL;
-        if (arrays == NULL)
+        if (arrays == NULL || arrays[b->array].data == NULL)
             continue;
         const gsgd_array *x = &arrays[b->array];
         for (int d = 0; d < GSGD_NDIM; ++d)
@@ -125,8 +126,9 @@ void gsgd_bind(gsgd_plan *plan, const gsgd_array *arrays, size_t which) {
     }
 }
 
-/* Choosing. A unit is `done` when following the edges chosen so far from it ends at a pinned end. Both trees are
- * chosen by the same code: `near` is the dimension of the unit that seeks an edge, `far` that of the other end. */
+/* Choosing. A unit is `done` when following the edges chosen so far from it ends at a pinned end. Both trees
+ * are chosen by the same code: `near` is the dimension of the unit that seeks an edge, `far` that of the
+ * other end. */
 typedef struct {
     gsgd_plan *plan;
     gsgd_rule rule;

@@ -1,8 +1,8 @@
 /* step.c - one step in three stages.
  *
  *   gather   per unit, the sum of w g over its out-edges: reads weights and gradients once, column by column
- *   solve    on the trees, O(units): chain products, the inverse chain rule, path ratios; validates everything
- *   apply    one pass over the weights; then the tree edges get the values that solve found for them
+ *   solve    on the trees, O(units): chain products, the inverse chain rule, path ratios; validates
+ * everything apply    one pass over the weights; then the tree edges get the values that solve found for them
  */
 #include "parallel.h"
 #include "plan.h"
@@ -11,17 +11,18 @@
 #include <string.h>
 
 /* The kernels are compiled for three generations of x86-64 and chosen at load time. */
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && defined(__linux__) && !defined(GSGD_NO_CLONES)
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && defined(__linux__) &&                 \
+    !defined(GSGD_NO_CLONES)
 #define KERNEL __attribute__((target_clones("default", "arch=x86-64-v3", "arch=x86-64-v4")))
 #else
 #define KERNEL
 #endif
 
 enum {
-    CHUNK = 64,        /* rows that are summed in the weights' own type before the sum goes on in double */
-    LANES = 8,         /* columns summed side by side where rows are the fast dimension */
-    TASK = 1 << 15,    /* entries that a thread takes at a time */
-    SERIAL = 1 << 17,  /* networks of fewer entries are not worth a second thread */
+    CHUNK = 64,       /* rows that are summed in the weights' own type before the sum goes on in double */
+    LANES = 8,        /* columns summed side by side where rows are the fast dimension */
+    TASK = 1 << 15,   /* entries that a thread takes at a time */
+    SERIAL = 1 << 17, /* networks of fewer entries are not worth a second thread */
 };
 
 /* Column i of a block, i in C order over (group, column, taps), as an index with row 0. */
@@ -55,8 +56,11 @@ static int same_line(const block *b, const view *v) {
 
 /* Whether rows lie side by side. */
 static int rows_adjoin(const block *b) {
-    return b->w.stride[GSGD_ROW] == 1 && b->g.stride[GSGD_ROW] == 1 && b->s.stride[GSGD_ROW] == 1 &&
-           (b->m.data == NULL || b->m.stride[GSGD_ROW] == 1);
+    const view *views[] = {&b->w, &b->g, &b->s, &b->m};
+    for (int i = 0; i < 4; ++i)
+        if (views[i]->data != NULL && views[i]->stride[GSGD_ROW] != 1)
+            return 0;
+    return 1;
 }
 
 /* Decide how to walk a block, and learn the order of its line. */
@@ -117,7 +121,6 @@ static void plan_pieces(block *b) {
 typedef struct {
     gsgd_plan *plan;
     const gsgd_options *options;
-    int momentum;
     atomic_ptrdiff_t gather_task, apply_task;
     atomic_int not_finite;
     gsgd_status status;
@@ -127,6 +130,8 @@ typedef struct {
 
 static int gather_block(block *b, ptrdiff_t first, ptrdiff_t last) {
     int single = b->type == GSGD_FLOAT32;
+    if (b->s.data == NULL)
+        return 1;
     if (!b->gathers)
         return single ? check_pieces_f32(b, first, last) : check_pieces_f64(b, first, last);
     if (single)
@@ -136,11 +141,11 @@ static int gather_block(block *b, ptrdiff_t first, ptrdiff_t last) {
     return 1;
 }
 
-static void apply_block(block *b, ptrdiff_t first, ptrdiff_t last, const gsgd_options *options) {
+static void apply_block(block *b, ptrdiff_t first, ptrdiff_t last, const gsgd_rates *rates) {
     if (b->type == GSGD_FLOAT32)
-        apply_pieces_f32(b, first, last, options);
+        apply_pieces_f32(b, first, last, rates);
     else
-        apply_pieces_f64(b, first, last, options);
+        apply_pieces_f64(b, first, last, rates);
 }
 
 static void gather(job *j) {
@@ -165,7 +170,8 @@ static void apply(job *j) {
         ptrdiff_t tasks = b->apply_pieces ? (b->apply_pieces - 1) / b->apply_chunk + 1 : 0;
         for (; task - done < tasks; task = next_piece(&j->apply_task)) {
             ptrdiff_t first = (tasks - 1 - (task - done)) * b->apply_chunk, last = first + b->apply_chunk;
-            apply_block(b, first, last < b->apply_pieces ? last : b->apply_pieces, j->options);
+            apply_block(b, first, last < b->apply_pieces ? last : b->apply_pieces,
+                        &j->options->rates[b->array]);
         }
         done += tasks;
     }
@@ -174,6 +180,8 @@ static void apply(job *j) {
 /* w g of a tree edge, rounded as the kernels round it. */
 static double product(const gsgd_plan *plan, const tree_edge *e, const view *g, ptrdiff_t at) {
     const block *b = &plan->block[e->block];
+    if (g->data == NULL)
+        return 0;
     double w = load_at(b->type, &b->w, e->w), d = load_at(b->type, g, at);
     return b->type == GSGD_FLOAT32 ? (double)((float)w * (float)d) : w * d;
 }
@@ -187,7 +195,7 @@ static int sum_by_root(gsgd_plan *plan) {
     memset(plan->sum, 0, (size_t)plan->units * sizeof *plan->sum);
     for (ptrdiff_t k = 0; k < plan->blocks; ++k) {
         const block *b = &plan->block[k];
-        if (!b->gathers || b->rows == 0)
+        if (!b->gathers || b->rows == 0 || b->s.data == NULL)
             continue;
         for (ptrdiff_t j = 0; j < b->groups * b->cols; ++j) {
             double sum = 0;
@@ -212,7 +220,8 @@ static double tree_weight(const gsgd_plan *plan, const tree_edge *e) {
     return load_at(b->type, &b->w, e->w);
 }
 
-/* A and B of every unit: chain products relative to the reference scale. A unit where one is 0 or not finite, or -1. */
+/* A and B of every unit: chain products relative to the reference scale. A unit where one is 0 or not finite,
+ * or -1. */
 static int64_t chain_products(gsgd_plan *plan) {
     double *a = plan->a, *b = plan->b, *c = plan->c;
     for (ptrdiff_t n = 0; n < plan->num_active; ++n) {
@@ -232,6 +241,28 @@ static int64_t chain_products(gsgd_plan *plan) {
     return -1;
 }
 
+/* The inverse chain rule for the chain that begins with v's in-edge, and its path ratio. 0: not finite. */
+static int solve_chain(job *j, int64_t v) {
+    gsgd_plan *plan = j->plan;
+    const tree_edge *in = &plan->in[v];
+    const block *b = &plan->block[in->block];
+    const gsgd_rates *o = &j->options->rates[b->array];
+    double x = plan->a[v] * plan->b[v], r = 1, m = b->m.data == NULL ? 0 : load_at(b->type, &b->m, in->m);
+    if (b->g.data != NULL) {
+        double d = (gsgd_product(plan, in) - plan->sum[v]) / x;
+        m = o->momentum * m + d;
+        r = 1 - o->lr * (b->m.data == NULL ? d : o->nesterov ? d + o->momentum * m : m) / x;
+    }
+    if (!isfinite(r))
+        return 0;
+    double low = 1 / j->options->max_ratio, high = j->options->max_ratio;
+    j->clamped += r < low || r > high;
+    plan->ratio[v] = r < low ? low : r > high ? high : r;
+    plan->new_in[v] = tree_weight(plan, in) * plan->ratio[v] * plan->inv_rho[plan->in_unit[v]];
+    plan->new_momentum[v] = m;
+    return 1;
+}
+
 static gsgd_status solve(job *j) {
     gsgd_plan *plan = j->plan;
     const gsgd_options *o = j->options;
@@ -241,35 +272,19 @@ static gsgd_status solve(job *j) {
     if ((j->unit = chain_products(plan)) >= 0)
         return GSGD_NOT_FINITE;
     for (ptrdiff_t n = 0; n < plan->num_active; ++n) {
-        int64_t v = plan->in_order[n], u = plan->in_unit[v];
-        const tree_edge *in = &plan->in[v], *out = &plan->out[v];
-        plan->kept_out[v] = tree_weight(plan, out);
-        if (!plan->in_is_free[v]) {
-            const block *b = &plan->block[in->block];
-            double x = plan->a[v] * plan->b[v], w = tree_weight(plan, in);
-            double d = (gsgd_product(plan, in) - plan->sum[v]) / x, change = d;
-            if (j->momentum) {
-                double m = o->momentum * load_at(b->type, &b->m, in->m) + d;
-                plan->new_momentum[v] = m;
-                change = o->nesterov ? d + o->momentum * m : m;
-            }
-            double r = 1 - o->lr * change / x;
-            if (!isfinite(r)) {
-                j->unit = v;
-                return GSGD_NOT_FINITE;
-            }
-            double low = 1 / o->max_ratio, high = o->max_ratio;
-            j->clamped += r < low || r > high;
-            plan->ratio[v] = r < low ? low : r > high ? high : r;
-            plan->new_in[v] = w * plan->ratio[v] * plan->inv_rho[u];
+        int64_t v = plan->in_order[n];
+        if (!plan->in_is_free[v] && !solve_chain(j, v)) {
+            j->unit = v;
+            return GSGD_NOT_FINITE;
         }
+        plan->kept_out[v] = tree_weight(plan, &plan->out[v]);
         plan->inv_rho[v] = 1 / plan->ratio[plan->root[v]];
     }
     for (ptrdiff_t k = 0; k < plan->blocks; ++k)
         if (plan->block[k].type == GSGD_FLOAT32)
-            spread_f32(plan, &plan->block[k], o->weight_decay != 0);
+            spread_f32(plan, &plan->block[k], o->rates[plan->block[k].array].weight_decay != 0);
         else
-            spread_f64(plan, &plan->block[k], o->weight_decay != 0);
+            spread_f64(plan, &plan->block[k], o->rates[plan->block[k].array].weight_decay != 0);
     return GSGD_OK;
 }
 
@@ -281,12 +296,12 @@ static void store_trees(job *j) {
         const block *b = &plan->block[in->block];
         if (!plan->in_is_free[v]) {
             store_at(b->type, &b->w, in->w, plan->new_in[v]);
-            if (j->momentum)
+            if (b->m.data != NULL)
                 store_at(b->type, &b->m, in->m, plan->new_momentum[v]);
         }
         b = &plan->block[out->block];
         store_at(b->type, &b->w, out->w, plan->kept_out[v]);
-        if (j->momentum)
+        if (b->m.data != NULL)
             store_at(b->type, &b->m, out->m, 0);
     }
 }
@@ -312,10 +327,11 @@ static void locate(const gsgd_plan *plan, tree_edge *e) {
     e->w = offset_of(&b->w, e->index);
     e->g = offset_of(&b->g, e->index);
     e->s = offset_of(&b->s, e->index);
-    e->m = b->m.data == NULL ? 0 : offset_of(&b->m, e->index);
+    e->m = offset_of(&b->m, e->index);
 }
 
-/* See the caller's arrays, and plan the walk over them unless it is that of the call before. The number of entries. */
+/* See the caller's arrays, and plan the walk over them unless it is that of the call before. The number of
+ * entries. */
 static ptrdiff_t plan_work(gsgd_plan *plan, const gsgd_array *weights, const gsgd_array *gradients,
                            const gsgd_array *sums, const gsgd_array *momenta) {
     ptrdiff_t size = 0;
@@ -350,7 +366,7 @@ gsgd_status gsgd_step(gsgd_plan *plan, const gsgd_array *weights, const gsgd_arr
                       ptrdiff_t *clamped, int64_t *unit) {
     ptrdiff_t size = plan_work(plan, weights, gradients, sums, momenta);
     int threads = size < SERIAL ? 1 : options->threads;
-    job j = {.plan = plan, .options = options, .momentum = momenta != NULL};
+    job j = {.plan = plan, .options = options};
     run_parallel(threads, work, &j);
     if (j.status == GSGD_OK)
         store_trees(&j);
@@ -359,9 +375,10 @@ gsgd_status gsgd_step(gsgd_plan *plan, const gsgd_array *weights, const gsgd_arr
     return j.status;
 }
 
-int gsgd_gather(gsgd_plan *plan, const gsgd_array *weights, const gsgd_array *gradients) {
+int gsgd_gather(gsgd_plan *plan, const gsgd_array *weights, const gsgd_array *gradients,
+                const gsgd_array *sums) {
     job j = {.plan = plan};
-    plan_work(plan, weights, gradients, gradients, NULL);
+    plan_work(plan, weights, gradients, sums, NULL);
     gather(&j);
     return sum_by_root(plan);
 }

@@ -24,15 +24,14 @@ class Plan:
         weights: list[Any],
         gradients: list[Any],
         sums: list[Any] | None,
-        momenta: list[Any] | None,
-        lr: float,
-        momentum: float,
-        weight_decay: float,
+        momenta: list[Any],
+        rates: NDArray[np.float64],
         max_ratio: float,
-        nesterov: bool,
         threads: int,
         /,
     ) -> int: ...
     def path_values(self, weights: list[Any], values: list[Any], logs: list[Any] | None, /) -> None: ...
-    def path_gradients(self, weights: list[Any], gradients: list[Any], out: list[Any], /) -> None: ...
+    def path_gradients(
+        self, weights: list[Any], gradients: list[Any], sums: list[Any], out: list[Any], /
+    ) -> None: ...
     def allocate(self, weights: list[Any], ratios: list[Any], out: list[Any], /) -> None: ...

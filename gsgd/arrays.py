@@ -52,9 +52,7 @@ def _check_overlap(arrays: Arrays) -> None:
                 raise ValueError(f"parameters {name!r} and {other!r} overlap in memory")
 
 
-def check_parameters(
-    params: Mapping[str, Any], net: Network, *, writable: bool = True, others: bool = False
-) -> Arrays:
+def check_parameters(params: Mapping[str, Any], net: Network, *, writable: bool = True, others: bool = False) -> Arrays:
     """Views of the parameters that `net` names (and of all others, if asked), in the order of `net`."""
     missing = [name for name in net.shapes if name not in params]
     if missing:
@@ -66,7 +64,8 @@ def check_parameters(
     for name in names:
         a = as_array(f"parameter {name!r}", params[name])
         if a.dtype not in (np.float32, np.float64) or not a.dtype.isnative or not a.flags.aligned:
-            raise TypeError(f"parameter {name!r}: expected native float32 or float64, got {a.dtype.str} (aligned: {a.flags.aligned})")
+            got = f"{a.dtype.str}, aligned: {a.flags.aligned}"
+            raise TypeError(f"parameter {name!r}: expected native aligned float32 or float64, got {got}")
         expected = net.shapes.get(name, a.shape)
         if a.shape != expected:
             raise ValueError(f"parameter {name!r}: expected shape {expected}, got {a.shape}")

@@ -235,7 +235,9 @@ class Network:
 
     def _add_layer(self, layer: _Layer) -> None:
         if layer.name in self._by_name:
-            raise ValueError(f"parameter {layer.name!r} is described twice; a shared weight must be left out and pinned")
+            raise ValueError(
+                f"parameter {layer.name!r} is described twice; a shared weight must be left out and pinned"
+            )
         self._by_name[layer.name] = layer
         self._operations.append(layer)
         self._compiled = None
@@ -248,15 +250,15 @@ class Network:
         self._pin(nodes.tolist(), reason)
         return self._features(nodes)
 
-    def dense(
-        self, name: str, x: Features, features: int, *, bias: str | None = None, layout: str = "oi"
-    ) -> Features:
+    def dense(self, name: str, x: Features, features: int, *, bias: str | None = None, layout: str = "oi") -> Features:
         """A fully connected layer.
 
         Parameters
         ----------
         name, bias : str
-            Parameters of shapes ``(features, x.count)`` (``layout="oi"``) or its transpose (``"io"``), and ``(features,)``.
+            Parameters of shapes ``(features, x.count)`` and ``(features,)``.
+        layout : {"oi", "io"}
+            "io": the weight is ``(x.count, features)``.
         """
         self._check(x, name)
         if layout not in ("oi", "io"):
@@ -327,7 +329,9 @@ class Network:
             *(Dim() for _ in range(3 - len(taps))),
             *taps,
         )
-        shape = tuple(extent[a] if a in extent else kernel[a - (2 if place == "first" else 0)] for a in range(2 + len(kernel)))
+        shape = tuple(
+            extent[a] if a in extent else kernel[a - (2 if place == "first" else 0)] for a in range(2 + len(kernel))
+        )
         rows = self._new(features, name)
         self._add_layer(_Layer(name, "conv", shape, ((dims, (0, 0), rows, cols),)))
         return self._written(name, rows, bias)
@@ -476,19 +480,19 @@ class Network:
             raise ValueError(f"layout {layout!r}: expected 'oi' or 'io'")
         if not isinstance(shapes_or_params, Mapping):
             shapes_or_params = {str(i): s for i, s in enumerate(shapes_or_params)}
-        shapes = {k: tuple(int(n) for n in getattr(s, "shape", s)) for k, s in shapes_or_params.items()}
+        shapes: dict[str, tuple[int, ...]] = {
+            k: tuple(int(n) for n in (s.shape if hasattr(s, "shape") else s)) for k, s in shapes_or_params.items()
+        }
         names = list(shapes)
-        net, x, i = cls(), None, 0
+        net, i = cls(), 0
+        x: Features | None = None
         while i < len(names):
             name, shape = names[i], shapes[names[i]]
             if not 2 <= len(shape) <= 5:
                 raise ValueError(f"{name}: shape {shape}: expected a weight of 2 to 5 dimensions")
             out, read = (shape[0], shape[1]) if layout == "oi" else (shape[-1], shape[-2])
             bias = names[i + 1] if i + 1 < len(names) and shapes[names[i + 1]] == (out,) else None
-            if x is None:
-                x = net.input(read)
-            else:
-                x = net.relu(x)
+            x = net.input(read) if x is None else net.relu(x)
             have = x.count
             if len(shape) == 2:
                 if have == 0 or read % have:
@@ -589,8 +593,8 @@ class Network:
             reads = "constant" if layer.kind in ("bias", "batch_norm") else describe(cols)
             kind = layer.kind + (f" ({self._batch_norm[layer.name]})" if layer.name in self._batch_norm else "")
             shape = " x ".join(map(str, layer.shape))
-            weights = f"{math.prod(layer.shape):,}"
-            table.append((layer.name, kind, shape, weights, reads, describe(layer.blocks[0][2])))
+            size = f"{math.prod(layer.shape):,}"
+            table.append((layer.name, kind, shape, size, reads, describe(layer.blocks[0][2])))
         widths = [max(len(row[i]) for row in table) for i in range(6)]
         lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in table]
         lines.insert(1, "  ".join("-" * w for w in widths))

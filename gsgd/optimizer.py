@@ -11,9 +11,9 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from gsgd.arrays import Arrays, as_array, check_names, check_parameters
+from gsgd.arrays import Arrays, as_array, check_gradients, check_names, check_parameters
 from gsgd.network import Network
-from gsgd.skeleton import Backend, Rule, Skeleton
+from gsgd.skeleton import Backend, Rule, Skeleton, batch_norm_gradients
 
 ScaleName = Literal["balanced", "initial", "ones"]
 
@@ -109,8 +109,6 @@ class GSGD:
             raise ValueError(f"threads: expected at least 1, got {threads!r}")
         if not (math.isfinite(max_ratio) and max_ratio > 1):
             raise ValueError(f"max_ratio: expected a finite number > 1, got {max_ratio!r}")
-        self.lr = lr
-        self.weight_decay = weight_decay
         self._momentum = non_negative("momentum", momentum)
         self._nesterov = bool(nesterov)
         if nesterov and not self._momentum:
@@ -120,43 +118,48 @@ class GSGD:
         self.stats = Stats()
         self._net = net
         self._approximates = any(b.batch_norm for b in net.blocks)
+        self._core_checks = backend == "c" and not self._approximates
         self._arrays = check_parameters(params, net, others=True)
         self._weights = list(self._arrays.values())
+        if not self._weights:
+            raise ValueError("params: expected at least one parameter")
+        self._rates = np.zeros((len(self._weights), 4))  # lr, momentum, weight_decay, nesterov
+        self.lr, self.weight_decay = lr, weight_decay
         self.skeleton = Skeleton(net, self._arrays, rule, backend=backend, _scaled=scale == "balanced")
-        if scale == "balanced":
-            c = self.skeleton.balanced_scale(self._arrays)
-        else:
-            c = np.ones(net.num_units)
+        c = self.skeleton.balanced_scale(self._arrays) if scale == "balanced" else np.ones(net.num_units)
         if scale == "ones":
             for edge in (*self.skeleton.in_edges, *self.skeleton.out_edges):
                 if edge is not None:
                     self._arrays[edge[0]][edge[1]] = 1
         self._set_reference((*self.skeleton.tree_weights(self._arrays), c))
-        self._momenta: Arrays | None = None
-        if self._momentum:
-            self._momenta = {name: np.zeros_like(a) for name, a in self._arrays.items()}
+        self._set_momenta({name: np.zeros_like(a) for name, a in self._arrays.items()} if self._momentum else None)
 
     def _set_reference(self, found: tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]) -> None:
         self._reference = found
         self.skeleton.plan.set_reference(*found)
 
+    def _set_momenta(self, momenta: Arrays | None) -> None:
+        self._momenta = momenta
+        self._momentum_list = [None if momenta is None else momenta[name] for name in self._arrays]
+        self._rates[:, 1], self._rates[:, 3] = self._momentum, self._nesterov
+
     @property
     def lr(self) -> float:
         """The learning rate of the next step."""
-        return self._lr
+        return float(self._rates[0, 0])
 
     @lr.setter
     def lr(self, value: float) -> None:
-        self._lr = non_negative("lr", value)
+        self._rates[:, 0] = non_negative("lr", value)
 
     @property
     def weight_decay(self) -> float:
         """The coefficient of basis-path regularization."""
-        return self._weight_decay
+        return float(self._rates[0, 2])
 
     @weight_decay.setter
     def weight_decay(self, value: float) -> None:
-        self._weight_decay = non_negative("weight_decay", value)
+        self._rates[:, 2] = non_negative("weight_decay", value)
 
     @property
     def momentum(self) -> float:
@@ -183,24 +186,24 @@ class GSGD:
         """
         if len(grads) != len(self._arrays) or not all(name in grads for name in self._arrays):
             check_names(grads, self._arrays)
-        gradients = [
-            g if type(g) is np.ndarray else as_array(f"gradient of {name!r}", g)
-            for name, g in ((name, grads[name]) for name in self._arrays)
-        ]
+        if self._core_checks:  # the C core checks shapes and dtypes itself
+            gradients = [
+                g if type(g) is np.ndarray else as_array(f"gradient of {name!r}", g)
+                for name, g in ((name, grads[name]) for name in self._arrays)
+            ]
+        else:
+            gradients = list(check_gradients(grads, self._arrays).values())
         sums = None
         if self._approximates:
-            gradients, sums = self._batch_norm_gradients(gradients)
+            gradients, sums = batch_norm_gradients(self._net, self._arrays, gradients)
         try:
             clamped = self.skeleton.plan.step(
                 self._weights,
                 gradients,
                 sums,
-                None if self._momenta is None else list(self._momenta.values()),
-                self._lr,
-                self._momentum,
-                self._weight_decay,
+                self._momentum_list,
+                self._rates,
                 self.max_ratio,
-                self._nesterov,
                 1 if _forked else self.threads,
             )
         except FloatingPointError as error:
@@ -219,27 +222,6 @@ class GSGD:
             return "the sums of weights times gradients overflow"
         edges = (self.skeleton.in_edges[unit], self.skeleton.out_edges[unit])
         return f"the path through unit {self._net.units[unit]} has no finite ratio; its skeleton weights are {edges}"
-
-    def _batch_norm_gradients(self, gradients: list[NDArray[Any]]) -> tuple[list[Any], list[Any]]:
-        """Gradients times norms of rows (equation 30), for the update and for the sums."""
-        number = {name: i for i, name in enumerate(self._arrays)}
-        scaled, sums = list(gradients), list(gradients)
-        squares: dict[str, Any] = {}
-        for b in self._net.blocks:
-            if b.batch_norm == "paper":
-                w = b.view(self._arrays[b.name])
-                squares[b.name] = squares.get(b.name, 0) + np.sum(w * w, axis=(2, 3, 4, 5), keepdims=True)
-        for b in self._net.blocks:
-            if b.batch_norm is None:
-                continue
-            i, w = number[b.name], b.view(self._arrays[b.name])
-            if scaled[i] is gradients[i]:
-                scaled[i] = np.array(gradients[i])
-            norm = np.sqrt(squares[b.name] if b.batch_norm == "paper" else np.sum(w * w, axis=2, keepdims=True))
-            np.multiply(b.view(scaled[i]), norm, out=b.view(scaled[i]))
-            if b.batch_norm == "paper":
-                sums[i] = scaled[i]
-        return scaled, sums
 
     def state_dict(self) -> dict[str, Any]:
         """Hyperparameters, skeleton, reference scale and momenta: copies, of plain Python and NumPy types."""
@@ -289,5 +271,5 @@ class GSGD:
         self.lr, self.weight_decay = lr, weight_decay
         self._momentum, self._nesterov = momentum, bool(state["nesterov"])
         self.max_ratio, self.scale = float(state["max_ratio"]), state["scale"]
-        self._momenta = None if momenta is None else loaded
+        self._set_momenta(None if momenta is None else loaded)
         self.stats = Stats(state["steps"], state["clamped"])

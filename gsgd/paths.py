@@ -63,7 +63,8 @@ def balanced_scale(blocks: Sequence[Block], arrays: Mapping[str, NDArray[Any]], 
     Over-relaxed sweeps of c(v) = sqrt(|out(v)| / |in(v)|) over units, layer by layer (method section 4).
     Units that some path of non-zero weights passes have a unique solution; all others must be pinned.
     """
-    squares = [np.square(b.view(arrays[b.name]), dtype=np.float64).sum(axis=(3, 4, 5)) for b in blocks]
+    # in C order, so that the sums do not depend on strides
+    squares = [np.square(b.view(arrays[b.name]), dtype=np.float64, order="C").sum(axis=(3, 4, 5)) for b in blocks]
     layer = np.full(units + 1, -1)
     for k, block in enumerate(blocks):
         rows = block.rows[block.rows >= 0]
@@ -150,7 +151,9 @@ def _path_sums(net: Network, powers: Mapping[str, Floats]) -> tuple[dict[int, tu
         ahead = p_out[op.row_nodes].reshape(op.extents[0], -1, 1)
         sums[id(op)] = sources[id(op)], ahead
         weighted = views[id(op)] * ahead
-        total += float((weighted * sources[id(op)])[(op.cols < 0).reshape(op.extents[0], 1, -1).repeat(ahead.shape[1], 1)].sum())
+        total += float(
+            (weighted * sources[id(op)])[(op.cols < 0).reshape(op.extents[0], 1, -1).repeat(ahead.shape[1], 1)].sum()
+        )
         np.add.at(p_out, op.col_nodes, np.where(op.cols < 0, 0.0, weighted.sum(axis=1).reshape(-1)))
     return sums, total
 
@@ -171,7 +174,7 @@ def symmetry_residual(params: Mapping[str, Any], grads: Mapping[str, Any], net: 
     then the residual is rounding. It is relative to the root of the sum of (w g)^2 over these edges.
     """
     require_symmetry(net)
-    arrays = check_parameters(params, net, writable=False)
+    arrays = check_parameters(params, net, writable=False, others=True)
     gradients = check_gradients(grads, arrays)
     difference, squares = np.zeros(net.num_units + 1), np.zeros(net.num_units + 1)
     for block in net.blocks:

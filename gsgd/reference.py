@@ -23,14 +23,13 @@ Edges = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
-class Options:
-    """Hyperparameters of one step; a path ratio outside ``[1 / max_ratio, max_ratio]`` is clamped."""
+class Rates:
+    """Hyperparameters of one array."""
 
     lr: Any
-    momentum: float = 0.0
-    weight_decay: float = 0.0
+    momentum: Any = 0.0
+    weight_decay: Any = 0.0
     nesterov: bool = False
-    max_ratio: float = 10.0
 
 
 @dataclass(frozen=True)
@@ -47,7 +46,10 @@ class BlockTables:
 
 @dataclass(frozen=True)
 class TreeTables:
-    """Where tree edges lie, and how to multiply along them: after each jump a unit has gathered twice as many."""
+    """Where tree edges lie, and how to multiply along them: after each jump a unit has gathered twice as many.
+
+    `entries` are grouped by block; `order` brings them in the order of units, and units without an edge to the end.
+    """
 
     blocks: tuple[int, ...]
     entries: tuple[Array, ...]
@@ -104,7 +106,7 @@ def tables(units: int, blocks: Sequence[tuple[int, Block]], in_edges: Edges, out
         g, r, c = block.extents[:3]
         rows = ids(block.rows).reshape(g, r, 1, 1, 1, 1)
         cols = ids(block.cols).reshape(g, 1, c, 1, 1, 1)
-        for u in cols.reshape(-1):
+        for u in cols.reshape(-1).tolist():
             columns[root[u]].append(count)
             count += 1
         per_block.append(BlockTables(block, array, rows, cols, masks[0], masks[1]))
@@ -114,12 +116,12 @@ def tables(units: int, blocks: Sequence[tuple[int, Block]], in_edges: Edges, out
         padded[u, : len(columns[u])] = columns[u]
 
     def tree(edges: Edges, ends: NDArray[np.int64]) -> TreeTables:
-        arrays, entries, order = [], [], np.full(units + 1, int(active.sum()), dtype=np.int64)
+        found, entries, order = [], [], np.full(units + 1, int(active.sum()), dtype=np.int64)
         seen = 0
-        for k, (array, block) in enumerate(blocks):
+        for k in range(len(blocks)):
             here = np.flatnonzero(active & (edges[:, 0] == k))
             if len(here):
-                arrays.append(k)
+                found.append(k)
                 entries.append(edges[here, 1])
                 order[here] = np.arange(seen, seen + len(here))
                 seen += len(here)
@@ -127,7 +129,7 @@ def tables(units: int, blocks: Sequence[tuple[int, Block]], in_edges: Edges, out
         while (ends != units).any():
             jumps.append(ends)
             ends = ends[ends]
-        return TreeTables(tuple(arrays), tuple(entries), order, tuple(jumps))
+        return TreeTables(tuple(found), tuple(entries), order, tuple(jumps))
 
     return Tables(
         tuple(per_block),
@@ -165,13 +167,18 @@ def view(xp: Any, b: BlockTables, arrays: Sequence[Array]) -> Array:
 
 
 def assemble(xp: Any, t: Tables, parts: Sequence[Array], like: Sequence[Array]) -> list[Array]:
-    """Arrays from the entries of their blocks."""
+    """Arrays shaped as `like` from the entries of their blocks; None where `like` is None."""
     pieces: dict[int, list[tuple[int, int, Array]]] = {}
     for b, part in zip(t.blocks, parts, strict=True):
         axis, first = b.block.start
+        if like[b.array] is None:
+            continue
         pieces.setdefault(b.array, []).append((first, axis, b.block.unview(part, xp)))
-    arrays = []
+    arrays: list[Array] = []
     for i, old in enumerate(like):
+        if old is None:
+            arrays.append(None)
+            continue
         found = sorted(pieces[i], key=lambda p: p[0])
         joined = xp.concat([p[2] for p in found], axis=found[0][1]) if len(found) > 1 else found[0][2]
         arrays.append(xp.reshape(joined, old.shape))
@@ -182,13 +189,20 @@ def _take(xp: Any, x: Array, ids: Array) -> Array:
     return xp.reshape(xp.take(x, xp.reshape(ids, (-1,))), ids.shape)
 
 
-def _at_tree(xp: Any, t: Tables, tree: TreeTables, arrays: Sequence[Array], end: float) -> Array:
-    """The entries of `arrays` at the edges of a tree, one per unit in float64; `end` where there is none."""
-    found = [
-        xp.astype(xp.take(xp.reshape(view(xp, t.blocks[k], arrays), (-1,)), entries), xp.float64)
-        for k, entries in zip(tree.blocks, tree.entries, strict=True)
-    ]
-    found.append(xp.full((1,), end, dtype=xp.float64, device=device(arrays[0])))
+def _at_tree(xp: Any, t: Tables, tree: TreeTables, arrays: Sequence[Array | None], end: float) -> Array:
+    """The entries of `arrays` at the edges of a tree, one per unit in float64.
+
+    `end` where there is no edge, 0 where there is no array.
+    """
+    where = device(tree.order)
+    found = []
+    for k, entries in zip(tree.blocks, tree.entries, strict=True):
+        if arrays[t.blocks[k].array] is None:
+            found.append(xp.zeros(entries.shape, dtype=xp.float64, device=where))
+        else:
+            values = xp.take(xp.reshape(view(xp, t.blocks[k], arrays), (-1,)), entries)
+            found.append(xp.astype(values, xp.float64))
+    found.append(xp.full((1,), end, dtype=xp.float64, device=where))
     return xp.take(xp.concat(found), tree.order)
 
 
@@ -224,11 +238,16 @@ class Solution:
     finite: Array
 
 
-def gather(t: Tables, weights: Sequence[Array], sums: Sequence[Array]) -> Array:
+def gather(t: Tables, weights: Sequence[Array], sums: Sequence[Array | None]) -> Array:
     """S per chain root: the sum of w g over the edges that leave the units of a chain, free edges left out."""
     xp = array_namespace(*weights)
     columns = []
     for b in t.blocks:
+        if sums[b.array] is None:
+            columns.append(
+                xp.zeros((b.block.extents[0] * b.block.extents[2],), dtype=xp.float64, device=device(weights[0]))
+            )
+            continue
         products = xp.astype(view(xp, b, weights) * view(xp, b, sums), xp.float64)
         products = xp.where(b.free, xp.zeros_like(products), products)
         columns.append(xp.reshape(xp.sum(products, axis=(1, 3, 4, 5)), (-1,)))
@@ -240,10 +259,11 @@ def solve(
     t: Tables,
     scale: Scale,
     weights: Sequence[Array],
-    gradients: Sequence[Array],
+    gradients: Sequence[Array | None],
     s: Array,
-    momenta: Sequence[Array] | None,
-    o: Options,
+    momenta: Sequence[Array | None],
+    rates: Sequence[Rates],
+    max_ratio: float,
 ) -> Solution:
     """On the trees: chain products, the inverse chain rule, path ratios."""
     xp = array_namespace(*weights)
@@ -252,10 +272,19 @@ def solve(
     b = _along(xp, t.out_tree, _at_tree(xp, t, t.out_tree, weights, 1.0) / scale.out_weights, xp.multiply) * scale.c
     x = a * b
     d = (in_weights * _at_tree(xp, t, t.in_tree, gradients, 0.0) - s) / x
-    m = d if momenta is None else o.momentum * _at_tree(xp, t, t.in_tree, momenta, 0.0) + d
-    change = d + o.momentum * m if o.nesterov else m
-    r = xp.where(t.chain, 1 - o.lr * change / x, xp.ones_like(x))
-    ratio = xp.clip(r, 1 / o.max_ratio, o.max_ratio)
+    m = _at_tree(xp, t, t.in_tree, momenta, 0.0)
+
+    def per_unit(values: Sequence[Any]) -> Array:
+        """A value per array, for the array in which the in-edge lies."""
+        return _at_tree(xp, t, t.in_tree, [xp.ones_like(w) * v for w, v in zip(weights, values, strict=True)], 0.0)
+
+    moves = per_unit([g is not None for g in gradients])
+    mu = per_unit([r.momentum if v is not None else 0.0 for r, v in zip(rates, momenta, strict=True)])
+    look_ahead = per_unit([float(r.nesterov) for r in rates]) * mu
+    m = xp.where(moves > 0, mu * m + d, m)
+    change = xp.where(look_ahead > 0, d + look_ahead * m, m)
+    r = xp.where(t.chain & (moves > 0), 1 - per_unit([r.lr for r in rates]) * change / x, xp.ones_like(x))
+    ratio = xp.clip(r, 1 / max_ratio, max_ratio)
     finite = xp.all(xp.isfinite(r)) & xp.all(xp.isfinite(1 / x)) & xp.all(xp.isfinite(x))
     return Solution(a, b, ratio, xp.take(ratio, t.root), m, xp.sum(xp.astype(r != ratio, xp.int64)), finite)
 
@@ -264,49 +293,57 @@ def apply(
     t: Tables,
     solution: Solution,
     weights: Sequence[Array],
-    gradients: Sequence[Array],
-    momenta: Sequence[Array] | None,
-    o: Options,
-) -> tuple[list[Array], list[Array] | None]:
-    """New weights and momenta: ordinary edges, chains, and free edges, which stay."""
+    gradients: Sequence[Array | None],
+    momenta: Sequence[Array | None],
+    rates: Sequence[Rates],
+) -> tuple[list[Array], list[Array | None]]:
+    """New weights and momenta: ordinary edges, chains, and free edges, which stay.
+
+    An array without gradient has no terms of its own: its paths keep their values.
+    """
     xp = array_namespace(*weights)
-    new_weights, new_momenta = [], []
+    new_weights: list[Array] = []
+    new_momenta: list[Array | None] = []
     for k in t.blocks:
-        w, g = view(xp, k, weights), view(xp, k, gradients)
+        o, w = rates[k.array], view(xp, k, weights)
 
         def at(ids: Array, x: Array, like: Array = w) -> Array:
             return xp.astype(_take(xp, x, ids), like.dtype)
 
-        per_x = at(k.cols, 1 / solution.a) * at(k.rows, 1 / solution.b)  # dw / dx
-        d = g * per_x
-        if o.weight_decay:
-            d = d + o.weight_decay * (w * (at(k.cols, solution.a) * at(k.rows, solution.b)))
-        change = d
-        if momenta is not None:
-            m = o.momentum * view(xp, k, momenta) + d
-            change = d + o.momentum * m if o.nesterov else m
-            m = xp.where(k.chain, at(k.rows, solution.momentum), m)
-            new_momenta.append(xp.where(k.free, xp.zeros_like(m), m))
         rho = at(k.cols, 1 / solution.rho)
-        new = xp.where(k.chain, w * at(k.rows, solution.ratio) * rho, (w - o.lr * (change * per_x)) * rho)
+        new, m = w, None if momenta[k.array] is None else view(xp, k, momenta)
+        if gradients[k.array] is not None:
+            per_x = at(k.cols, 1 / solution.a) * at(k.rows, 1 / solution.b)  # dw / dx
+            change = d = view(xp, k, gradients) * per_x
+            x = w * (at(k.cols, solution.a) * at(k.rows, solution.b))
+            change = d = d + o.weight_decay * x
+            if m is not None:
+                m = o.momentum * m + d
+                change = d + o.momentum * m if o.nesterov else m
+                m = xp.where(k.chain, at(k.rows, solution.momentum), m)
+                m = xp.where(k.free, xp.zeros_like(m), m)
+            new = w - o.lr * (change * per_x)
+        new = xp.where(k.chain, w * at(k.rows, solution.ratio) * rho, new * rho)
         new_weights.append(xp.where(k.free, w, new))
+        new_momenta.append(m)
     assembled = assemble(xp, t, new_weights, weights)
-    return assembled, None if momenta is None else assemble(xp, t, new_momenta, weights)
+    return assembled, assemble(xp, t, new_momenta, momenta)
 
 
 def step(
     t: Tables,
     scale: Scale,
     weights: Sequence[Array],
-    gradients: Sequence[Array],
-    sums: Sequence[Array],
-    momenta: Sequence[Array] | None,
-    o: Options,
-) -> tuple[list[Array], list[Array] | None, Solution]:
+    gradients: Sequence[Array | None],
+    sums: Sequence[Array | None],
+    momenta: Sequence[Array | None],
+    rates: Sequence[Rates],
+    max_ratio: float = 10.0,
+) -> tuple[list[Array], list[Array | None], Solution]:
     """Gather, solve, apply."""
     s = gather(t, weights, sums)
-    solution = solve(t, scale, weights, gradients, s, momenta, o)
-    return *apply(t, solution, weights, gradients, momenta, o), solution
+    solution = solve(t, scale, weights, gradients, s, momenta, rates, max_ratio)
+    return *apply(t, solution, weights, gradients, momenta, rates), solution
 
 
 # the plan: what the C core offers, on the functions above
@@ -402,29 +439,29 @@ class Plan:
     def step(
         self,
         weights: list[Array],
-        gradients: list[Array],
-        sums: list[Array] | None,
-        momenta: list[Array] | None,
-        lr: float,
-        momentum: float,
-        weight_decay: float,
+        gradients: list[Array | None],
+        sums: list[Array | None] | None,
+        momenta: list[Array | None],
+        rates: NDArray[np.float64],
         max_ratio: float,
-        nesterov: bool,
         threads: int,
     ) -> int:
         """One step in place; the number of clamped ratios."""
-        o = Options(lr, momentum, weight_decay, nesterov, max_ratio)
-        if not all(np.all(np.isfinite(g)) for g in gradients):
+        if not all(g is None or np.isfinite(g).all() for g in gradients):
             raise FloatingPointError(-1)
+        per_array = [Rates(lr, mu, decay, bool(nesterov)) for lr, mu, decay, nesterov in rates.tolist()]
+        summed = gradients if sums is None else sums
         with np.errstate(all="ignore"):
             new, new_momenta, solution = step(
-                self._tables, self._scale, weights, gradients, gradients if sums is None else sums, momenta, o
+                self._tables, self._scale, weights, gradients, summed, momenta, per_array, max_ratio
             )
         if not solution.finite:
             x = solution.a * solution.b
-            raise FloatingPointError(int(np.argmin(np.isfinite(x) & np.isfinite(1 / x) & np.isfinite(solution.momentum))))
-        for old, value in zip([*weights, *(momenta or [])], [*new, *(new_momenta or [])], strict=True):
-            old[...] = value
+            good = np.isfinite(x) & (x != 0) & np.isfinite(solution.momentum)
+            raise FloatingPointError(int(np.argmin(good)))
+        for old, value in zip([*weights, *momenta], [*new, *new_momenta], strict=True):
+            if old is not None:
+                old[...] = value
         return int(solution.clamped)
 
     def path_values(self, weights: list[Array], values: list[Array], logs: list[Array] | None) -> None:
@@ -434,7 +471,9 @@ class Plan:
 
         def paths(f: Callable[[Array], Array], combine: Callable[[Array, Array], Array]) -> list[Array]:
             a, b = _along(np, t.in_tree, f(in_weights), combine), _along(np, t.out_tree, f(out_weights), combine)
-            found = [combine(combine(a[k.cols], f(view(np, k, weights).astype(np.float64))), b[k.rows]) for k in t.blocks]
+            found = [
+                combine(combine(a[k.cols], f(view(np, k, weights).astype(np.float64))), b[k.rows]) for k in t.blocks
+            ]
             return assemble(np, t, [np.where(k.free, np.nan, x) for k, x in zip(t.blocks, found, strict=True)], weights)
 
         with np.errstate(divide="ignore"):
@@ -447,10 +486,10 @@ class Plan:
                 for to, x in zip(logs, paths(lambda w: np.log(np.abs(w)), np.add), strict=True):
                     to[...] = x
 
-    def path_gradients(self, weights: list[Array], gradients: list[Array], out: list[Array]) -> None:
+    def path_gradients(self, weights: list[Array], gradients: list[Array], sums: list[Array], out: list[Array]) -> None:
         """The inverse chain rule (section 4.2)."""
         t = self._tables
-        s = gather(t, weights, gradients)
+        s = gather(t, weights, sums)
         in_weights, out_weights = (_at_tree(np, t, tree, weights, 1.0) for tree in (t.in_tree, t.out_tree))
         a, b = _along(np, t.in_tree, in_weights, np.multiply), _along(np, t.out_tree, out_weights, np.multiply)
         d = (in_weights * _at_tree(np, t, t.in_tree, gradients, 0.0) - s) / (a * b)

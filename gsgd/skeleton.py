@@ -28,7 +28,7 @@ def make_plan(net: Network, arrays: Arrays, backend: Backend) -> tuple[Any, list
         return reference.Plan(net.num_units, len(arrays), [(number[b.name], b) for b in blocks]), blocks
     if backend != "c":
         raise ValueError(f"backend: expected 'c' or 'reference', got {backend!r}")
-    specs = [(name, a.shape, a.dtype.char) for name, a in arrays.items()]
+    specs: list[tuple[str, tuple[int, ...], str]] = [(n, a.shape, a.dtype.char) for n, a in arrays.items()]
     described = [
         (
             number[b.name],
@@ -42,6 +42,34 @@ def make_plan(net: Network, arrays: Arrays, backend: Backend) -> tuple[Any, list
         for b in blocks
     ]
     return _core.Plan(net.num_units, specs, described), blocks
+
+
+def batch_norm_gradients(
+    net: Network, arrays: Arrays, gradients: list[NDArray[Any]]
+) -> tuple[list[NDArray[Any]], list[NDArray[Any]]]:
+    """Gradients of layers before a batch normalization, for the update and for the sums of the inverse chain rule.
+
+    "paper": times the norm of each row (equation 30). "released": times the norm over input channels only, and raw
+    in the sums.
+    """
+    number = {name: i for i, name in enumerate(arrays)}
+    scaled, sums = list(gradients), list(gradients)
+    squares: dict[str, Any] = {}
+    for b in net.blocks:
+        if b.batch_norm == "paper":
+            w = b.view(arrays[b.name])
+            squares[b.name] = squares.get(b.name, 0) + np.sum(w * w, axis=(2, 3, 4, 5), keepdims=True)
+    for b in net.blocks:
+        if b.batch_norm is None:
+            continue
+        i, w = number[b.name], b.view(arrays[b.name])
+        if scaled[i] is gradients[i]:
+            scaled[i] = np.array(gradients[i])
+        norm = np.sqrt(squares[b.name] if b.batch_norm == "paper" else np.sum(w * w, axis=2, keepdims=True))
+        np.multiply(b.view(scaled[i]), norm, out=b.view(scaled[i]))
+        if b.batch_norm == "paper":
+            sums[i] = scaled[i]
+    return scaled, sums
 
 
 class Skeleton:
@@ -101,7 +129,8 @@ class Skeleton:
         self.plan = plan
         self.edge_arrays = edges
         self.in_edges, self.out_edges = (
-            tuple((blocks[k].name, blocks[k].index(e)) if k >= 0 else None for k, e in found.tolist()) for found in edges
+            tuple((blocks[k].name, blocks[k].index(e)) if k >= 0 else None for k, e in found.tolist())
+            for found in edges
         )
         self.free = {name: np.zeros(a.shape, dtype=bool) for name, a in arrays.items()}
         for edge in self.out_edges:
@@ -126,7 +155,10 @@ class Skeleton:
 
     def tree_weights(self, arrays: Mapping[str, NDArray[Any]]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """The weights of in-edges and of out-edges, (H,) each; 1 where there is none."""
-        found = ([1.0 if e is None else float(arrays[e[0]][e[1]]) for e in edges] for edges in (self.in_edges, self.out_edges))
+        found = (
+            [1.0 if e is None else float(arrays[e[0]][e[1]]) for e in edges]
+            for edges in (self.in_edges, self.out_edges)
+        )
         w_in, w_out = (np.array(w, dtype=np.float64) for w in found)
         return w_in, w_out
 
@@ -165,6 +197,8 @@ class Skeleton:
     def path_gradients(self, params: Mapping[str, Any], grads: Mapping[str, Any]) -> Arrays:
         """The inverse chain rule (section 4.2): dl/dv, name -> float64 array; NaN where the weight is free.
 
+        Before a batch normalization that is treated as in the paper, the gradients are those of equation 30.
+
         Raises
         ------
         FloatingPointError
@@ -176,7 +210,8 @@ class Skeleton:
         for name, g in gradients.items():
             if not np.isfinite(g).all():
                 raise FloatingPointError(f"gradient of {name!r} is not finite")
-        self.plan.path_gradients(list(arrays.values()), list(gradients.values()), list(out.values()))
+        scaled, sums = batch_norm_gradients(self.net, arrays, list(gradients.values()))
+        self.plan.path_gradients(list(arrays.values()), scaled, sums, list(out.values()))
         return out
 
     def allocate(self, params: Mapping[str, Any], ratios: Mapping[str, Any]) -> Arrays:

@@ -1,0 +1,77 @@
+# make demo     train on the digits: SGD and G-SGD, from a start and from a rescaled copy of it
+# make test     the C core under sanitizers, then the Python suite on the installed package
+# make lint     ruff, mypy, clang-format, and the compiler with warnings as errors
+# make bench    the step against PyTorch's optimizers
+# make valgrind, make sanitize    the C core under valgrind; the Python suite with a sanitized extension
+#
+# Everything is installed in .venv, made with $(PYTHON).
+
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
+
+SOURCES := pyproject.toml setup.py MANIFEST.in constraints.txt $(wildcard csrc/*) \
+           $(shell find gsgd -name '*.py' -o -name '*.pyi' -o -name py.typed)
+CORE := tests/core.c $(filter-out csrc/_core.c,$(wildcard csrc/*.c))
+CORE_FLAGS := -std=c11 -g -O1 -ffp-contract=off -Wall -Wextra -Werror -Icsrc
+SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=all
+OPENMP := $(shell echo 'int main(void) { return 0; }' | $(CC) -fopenmp -x c -o /dev/null - 2>/dev/null && echo -fopenmp)
+
+.PHONY: demo test lint bench valgrind sanitize clean
+
+demo: .venv/demo
+	$(BIN)/python -P -m gsgd.demo
+
+test: .venv/dev build/core-sanitize build/core-sanitize-serial
+	build/core-sanitize
+	build/core-sanitize-serial
+	$(BIN)/pytest -q
+
+lint: .venv/dev
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy gsgd
+	$(BIN)/clang-format --dry-run -Werror $(wildcard csrc/*.c csrc/*.h csrc/*.inc) tests/core.c
+	GSGD_WERROR=1 $(BIN)/python setup.py -q build_ext --force --build-lib build/lint --build-temp build/lint
+
+bench: .venv/dev
+	$(BIN)/python -P benchmarks/step.py
+
+valgrind: build/core
+	@command -v valgrind >/dev/null || { echo "valgrind is missing: apt install valgrind" >&2; exit 1; }
+	valgrind --quiet --error-exitcode=1 --leak-check=full --show-leak-kinds=definite \
+	    --errors-for-leak-kinds=definite build/core
+
+sanitize: .venv/dev
+	GSGD_SANITIZE=1 $(BIN)/python setup.py -q build --build-base build/sanitize --build-lib build/sanitize/lib
+	PYTHONPATH=build/sanitize/lib PYTHONMALLOC=malloc ASAN_OPTIONS=detect_leaks=0 \
+	    LD_PRELOAD="$$($(CC) -print-file-name=libasan.so) $$($(CC) -print-file-name=libubsan.so)" $(BIN)/pytest -q
+
+clean:
+	rm -rf .venv build dist *.egg-info gsgd/*.so
+
+build/core: $(CORE) $(wildcard csrc/*)
+	@mkdir -p build
+	$(CC) $(CORE_FLAGS) $(OPENMP) $(CORE) -lm -o $@
+
+build/core-sanitize: $(CORE) $(wildcard csrc/*)
+	@mkdir -p build
+	$(CC) $(CORE_FLAGS) $(SANITIZE) $(OPENMP) $(CORE) -lm -o $@
+
+build/core-sanitize-serial: $(CORE) $(wildcard csrc/*)
+	@mkdir -p build
+	$(CC) $(CORE_FLAGS) $(SANITIZE) $(CORE) -lm -o $@
+
+# Stamps: the package and what it needs are installed anew only when a source is newer.
+.venv/demo .venv/dev: .venv/%: $(SOURCES) | $(BIN)/python
+	$(PIP) ".[$*]"
+	@touch $@
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	    { echo "gsgd needs Python >= 3.11: make PYTHON=python3.11" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
+	    { echo "Python's venv module is missing: apt install python3-venv" >&2; exit 1; }
+	@$(PYTHON) -c 'import os, sysconfig as s; open(os.path.join(s.get_path("include"), "Python.h"))' 2>/dev/null || \
+	    { echo "Python's C headers are missing: apt install python3-dev" >&2; exit 1; }
+	$(PYTHON) -m venv .venv

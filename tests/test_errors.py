@@ -1,0 +1,268 @@
+"""Bad input: an error that names the parameter, and weights that are bit for bit what they were."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import numpy as np
+import pytest
+from networks import Array, Params, mlp
+
+import gsgd
+
+MODEL = mlp(3, 4, 5, 2)  # dense0 (4, 3), bias1, dense2 (5, 4), bias3, dense4 (2, 5), bias5
+NET = MODEL.net
+
+
+@contextmanager
+def refused(params: Mapping[str, Any], error: type | tuple[type, ...], match: str) -> Iterator[None]:
+    """What happens inside raises `error` and writes nothing."""
+    before = {name: np.array(value) for name, value in params.items()}
+    with pytest.raises(error, match=match):
+        yield
+    for name, value in before.items():
+        assert np.array_equal(params[name], value, equal_nan=value.dtype.kind == "f"), name
+
+
+def edited(name: str, edit: Callable[[Array], Any]) -> Params:
+    params = MODEL.copy()
+    params[name] = edit(params[name])
+    return params
+
+
+def read_only(a: Array) -> Array:
+    a.flags.writeable = False
+    return a
+
+
+def poisoned(value: float) -> Callable[[Array], Array]:
+    def edit(a: Array) -> Array:
+        a[-1, -1] = value
+        return a
+
+    return edit
+
+
+BAD_PARAMETERS = {
+    "transposed": ("dense2", lambda a: np.ascontiguousarray(a.T), ValueError, r"dense2.*\(5, 4\)"),
+    "a row too many": ("dense2", lambda a: np.zeros((6, 4)), ValueError, r"dense2.*\(5, 4\)"),
+    "flat": ("dense2", np.ravel, ValueError, r"dense2.*\(5, 4\)"),
+    "float16": ("dense2", lambda a: a.astype(np.float16), TypeError, "dense2.*float32"),
+    "integers": ("dense2", lambda a: a.astype(int), TypeError, "dense2.*float32"),
+    "complex": ("dense2", lambda a: a.astype(complex), TypeError, "dense2.*float32"),
+    "other byte order": ("dense2", lambda a: a.astype(a.dtype.newbyteorder()), TypeError, "dense2"),
+    "a list": ("dense2", lambda a: a.tolist(), TypeError, "dense2.*list"),
+    "None": ("dense2", lambda a: None, TypeError, "dense2"),
+    "read-only": ("dense2", read_only, ValueError, "dense2.*read-only"),
+    "nan": ("dense2", poisoned(np.nan), (ValueError, FloatingPointError), "dense2"),
+    "inf": ("dense2", poisoned(np.inf), (ValueError, FloatingPointError), "dense2"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_PARAMETERS)
+@pytest.mark.parametrize("scale", ["balanced", "ones"])
+def test_bad_parameters(backend: str, case: str, scale: Any) -> None:
+    name, edit, error, match = BAD_PARAMETERS[case]
+    params = edited(name, edit)
+    with pytest.raises(error, match=match):
+        gsgd.GSGD(params, NET, lr=0.1, scale=scale, backend=backend)
+    for key, value in MODEL.params.items():
+        assert key == name or (params[key] == value).all()
+
+
+def test_a_missing_parameter(backend: str) -> None:
+    params = MODEL.copy()
+    del params["dense2"]
+    with refused(params, ValueError, "dense2"):
+        gsgd.GSGD(params, NET, lr=0.1, scale="ones", backend=backend)
+
+
+def test_one_memory_under_two_names(backend: str) -> None:
+    for other in (lambda a: a, lambda a: a[::-1], lambda a: a[1:]):
+        params = MODEL.copy()
+        params["other"] = other(params["dense2"])
+        with refused(params, ValueError, "(dense2.*other|other.*dense2)"):
+            gsgd.GSGD(params, NET, lr=0.1, scale="ones", backend=backend)
+
+
+def test_an_array_that_overlaps_itself(backend: str) -> None:
+    params = MODEL.copy()
+    params["dense2"] = np.lib.stride_tricks.as_strided(np.ones(20), (5, 4), (8, 8))
+    with refused(params, ValueError, "dense2"):
+        gsgd.GSGD(params, NET, lr=0.1, scale="ones", backend=backend)
+
+
+def test_arrays_that_interleave_do_not_overlap(backend: str) -> None:
+    params, desired = MODEL.copy(), MODEL.copy()
+    memory = np.empty((5, 8))
+    memory[:, ::2] = params["dense2"]
+    params["dense2"], params["other"] = memory[:, ::2], memory[:, 1::2]
+    params["other"][...] = 1.0
+    grads = MODEL.gradients(MODEL.params)
+    gsgd.GSGD(params, NET, lr=0.1, backend=backend).step({**grads, "other": np.ones((5, 4))})
+    gsgd.GSGD(desired, NET, lr=0.1, backend=backend).step(grads)
+    assert all((params[name] == value).all() for name, value in desired.items())
+    assert (params["other"] == 0.9).all()
+
+
+BAD_GRADIENTS = {
+    "transposed": ("dense2", lambda a: a.T, ValueError, r"dense2.*\(5, 4\)"),
+    "one number": ("dense2", lambda a: np.float64(1), ValueError, r"dense2.*\(5, 4\)"),
+    "float32": ("dense2", lambda a: a.astype(np.float32), TypeError, "dense2.*float32"),
+    "float16": ("dense2", lambda a: a.astype(np.float16), TypeError, "dense2.*float16"),
+    "integers": ("dense2", lambda a: a.astype(int), TypeError, "dense2.*int64"),
+    "nan": ("dense2", poisoned(np.nan), FloatingPointError, "dense2"),
+    "inf": ("dense2", poisoned(np.inf), FloatingPointError, "dense2"),
+    "nan in the first layer": ("dense0", poisoned(np.nan), FloatingPointError, "dense0"),
+    "nan in the last layer": ("dense4", poisoned(np.nan), FloatingPointError, "dense4"),
+    "nan where nothing else is": ("other", poisoned(np.nan), FloatingPointError, "other"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_GRADIENTS)
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_bad_gradients(backend: str, case: str, momentum: float) -> None:
+    """The state stays as well: the next good step is as if the bad one had not been."""
+    name, edit, error, match = BAD_GRADIENTS[case]
+    params, desired = ({**MODEL.copy(), "other": np.ones((2, 2))} for _ in range(2))
+    grads = {**MODEL.gradients(MODEL.params), "other": np.ones((2, 2))}
+    opt = gsgd.GSGD(params, NET, lr=0.1, momentum=momentum, backend=backend)
+    bad = {**grads, name: edit(grads[name].copy())}
+    with refused(params, error, match):
+        opt.step(bad)
+    opt.step(grads)
+    gsgd.GSGD(desired, NET, lr=0.1, momentum=momentum, backend=backend).step(grads)
+    assert all((params[key] == value).all() for key, value in desired.items())
+    assert opt.stats.steps == 1
+
+
+@pytest.mark.parametrize("layout", ["C", "F"])
+def test_a_gradient_that_is_not_finite_anywhere(backend: str, layout: Literal["C", "F"]) -> None:
+    params = MODEL.copy()
+    opt = gsgd.GSGD(params, NET, lr=0.1, backend=backend)
+    good = MODEL.gradients(params)
+    for name, g in good.items():
+        for at in np.ndindex(g.shape):
+            for value in (np.nan, np.inf, -np.inf):
+                bad = {**good, name: np.array(g, order=layout)}
+                bad[name][at] = value
+                with refused(params, FloatingPointError, name):
+                    opt.step(bad)
+
+
+@pytest.mark.parametrize("edit", ["missing", "unknown"])
+def test_gradients_have_the_parameters_names(backend: str, edit: str) -> None:
+    params = MODEL.copy()
+    grads = MODEL.gradients(params)
+    if edit == "missing":
+        del grads["bias3"]
+    else:
+        grads["bias33"] = np.zeros(5)
+    opt = gsgd.GSGD(params, NET, lr=0.1, backend=backend)
+    with refused(params, ValueError, "bias3"):
+        opt.step(grads)
+
+
+def test_a_skeleton_weight_that_became_zero(backend: str) -> None:
+    params = MODEL.copy()
+    opt = gsgd.GSGD(params, NET, lr=0.1, backend=backend)
+    grads = MODEL.gradients(params)
+    for name in ("dense0", "dense2"):
+        kept = params[name][1, 1]
+        params[name][1, 1] = 0.0
+        with refused(params, (ValueError, FloatingPointError), name):
+            opt.step(grads)
+        params[name][1, 1] = kept
+    opt.step(grads)
+
+
+def test_a_weight_that_became_non_finite(backend: str) -> None:
+    params = MODEL.copy()
+    opt = gsgd.GSGD(params, NET, lr=0.1, backend=backend)
+    params["dense2"][3, 0] = np.nan
+    with refused(params, (ValueError, FloatingPointError), "dense2"):
+        opt.step(MODEL.gradients(MODEL.params))
+
+
+@pytest.mark.parametrize("half", ["read", "written"])
+def test_a_unit_that_nobody_reads_or_writes(backend: str, half: str) -> None:
+    net = gsgd.Network()
+    if half == "read":
+        net.dense("w", net.input(2), 3)
+    else:
+        net.output(net.dense("w", net._features(net._new(2, "h")), 3))
+    params = {"w": np.ones(net.shapes["w"])}
+    with refused(params, ValueError, rf"unit (w|h)\[0\] is never {half}"):
+        gsgd.GSGD(params, net, lr=0.1, scale="ones", backend=backend)
+
+
+@pytest.mark.parametrize(
+    ("settings", "match"),
+    [
+        ({"lr": -0.1}, "lr"),
+        ({"lr": float("nan")}, "lr"),
+        ({"lr": float("inf")}, "lr"),
+        ({"momentum": -0.1}, "momentum"),
+        ({"momentum": float("nan")}, "momentum"),
+        ({"nesterov": True}, "nesterov"),
+        ({"weight_decay": -1.0}, "weight_decay"),
+        ({"scale": "unit"}, "scale.*'unit'"),
+        ({"rule": "smallest"}, "rule.*'smallest'"),
+        ({"threads": 0}, "threads"),
+        ({"backend": "fortran"}, "backend.*'fortran'"),
+    ],
+)
+def test_bad_settings(settings: dict[str, Any], match: str) -> None:
+    params = MODEL.copy()
+    with refused(params, ValueError, match):
+        gsgd.GSGD(params, NET, **{"lr": 0.1, "scale": "ones", **settings})
+
+
+def test_a_bad_learning_rate_between_steps(backend: str) -> None:
+    params = MODEL.copy()
+    opt = gsgd.GSGD(params, NET, lr=0.1, backend=backend)
+    for lr in (-1.0, float("nan")):
+        with refused(params, ValueError, "lr"):
+            opt.lr = lr
+            opt.step(MODEL.gradients(params))
+
+
+@pytest.mark.parametrize("damage", ["other network", "no state"])
+def test_a_state_that_does_not_fit(backend: str, damage: str) -> None:
+    params, desired = MODEL.copy(), MODEL.copy()
+    opt, untouched = (gsgd.GSGD(p, NET, lr=0.1, momentum=0.9, backend=backend) for p in (params, desired))
+    state: Any = {}
+    if damage != "no state":
+        other = mlp(3, 4, 6, 2)
+        state = gsgd.GSGD(other.params, other.net, lr=0.1, momentum=0.9, backend=backend).state_dict()
+    with refused(params, ValueError, "state_dict"):
+        opt.load_state_dict(state)
+    for o in (opt, untouched):
+        o.step(MODEL.gradients(MODEL.params))
+    assert all((params[name] == value).all() for name, value in desired.items())
+
+
+@pytest.mark.parametrize("what", ["path_values", "path_gradients", "allocate"])
+def test_the_skeletons_methods_name_what_is_wrong(backend: str, what: str) -> None:
+    params, grads = MODEL.copy(), MODEL.gradients(MODEL.params)
+    sk = gsgd.Skeleton(NET, params, backend=backend)
+    bad = {**params, "dense2": np.ones((4, 5))}
+    with refused(params, ValueError, r"dense2.*\(5, 4\)"):
+        if what == "path_values":
+            sk.path_values(bad)
+        elif what == "path_gradients":
+            sk.path_gradients(params, {**grads, "dense2": grads["dense2"].T})
+        else:
+            sk.allocate(params, bad)
+
+
+@pytest.mark.parametrize("function", [gsgd.balance, lambda p, n: gsgd.rescale(p, n, np.ones(9)), gsgd.path_norm])
+def test_functions_name_what_is_wrong(function: Callable[[Params, gsgd.Network], Any]) -> None:
+    params = edited("dense2", lambda a: np.ones((4, 5)))
+    with refused(params, ValueError, r"dense2.*\(5, 4\)"):
+        function(params, NET)
+    for name in ("dense0", "dense2"):
+        params = edited(name, read_only)
+        if function is not gsgd.path_norm:
+            with refused(params, ValueError, f"{name}.*read-only"):
+                function(params, NET)
