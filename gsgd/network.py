@@ -7,6 +7,7 @@ names, shapes and unit ids, and no values.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -145,7 +146,7 @@ class Features:
         )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Layer:
     """One parameter as it was described; `parts` holds the columns' segments with their offsets."""
 
@@ -510,6 +511,16 @@ class Network:
         if x is None:
             raise ValueError("expected at least one weight")
         net.output(x)
+        return net
+
+    def without(self, names: Iterable[str], reason: str) -> Network:
+        """A copy that does not mention these parameters: the units that meet them are pinned, for this reason."""
+        net = copy.deepcopy(self)
+        for name in names:
+            layer = net._by_name.pop(name)
+            net._operations.remove(layer)
+            for _, _, rows, cols in layer.blocks:
+                net._pin([*rows.tolist(), *cols.tolist()], reason)
         return net
 
     # what follows from the description

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from gsgd.arrays import Arrays, as_array, check_gradients, check_names, check_parameters
 from gsgd.network import Network
-from gsgd.skeleton import Backend, Rule, Skeleton, batch_norm_gradients
+from gsgd.skeleton import Backend, Rule, Skeleton, batch_norm_gradients, explain
 
 ScaleName = Literal["balanced", "initial", "ones"]
 
@@ -35,6 +35,11 @@ def default_threads() -> int:
     if first.isdigit() and int(first) > 0:
         return int(first)
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def usable_threads(threads: int) -> int:
+    """One in a child process, otherwise `threads`."""
+    return 1 if _forked else threads
 
 
 def non_negative(name: str, x: float) -> float:
@@ -187,13 +192,13 @@ class GSGD:
         if len(grads) != len(self._arrays) or not all(name in grads for name in self._arrays):
             check_names(grads, self._arrays)
         if self._core_checks:  # the C core checks shapes and dtypes itself
-            gradients = [
+            gradients: list[NDArray[Any] | None] = [
                 g if type(g) is np.ndarray else as_array(f"gradient of {name!r}", g)
                 for name, g in ((name, grads[name]) for name in self._arrays)
             ]
         else:
             gradients = list(check_gradients(grads, self._arrays).values())
-        sums = None
+        sums: list[NDArray[Any] | None] | None = None
         if self._approximates:
             gradients, sums = batch_norm_gradients(self._net, self._arrays, gradients)
         try:
@@ -204,24 +209,12 @@ class GSGD:
                 self._momentum_list,
                 self._rates,
                 self.max_ratio,
-                1 if _forked else self.threads,
+                usable_threads(self.threads),
             )
         except FloatingPointError as error:
-            raise FloatingPointError(self._explain(gradients, error.args[0])) from None
+            raise FloatingPointError(explain(self._net, self._arrays, gradients, error.args[0])) from None
         self.stats.steps += 1
         self.stats.clamped += clamped
-
-    def _explain(self, gradients: list[NDArray[Any]], unit: int) -> str:
-        for name, g in zip(self._arrays, gradients, strict=True):
-            if not np.isfinite(g).all():
-                return f"gradient of {name!r} is not finite"
-        for name, w in self._arrays.items():
-            if not np.isfinite(w).all():
-                return f"parameter {name!r} has entries that are not finite"
-        if unit < 0:
-            return "the sums of weights times gradients overflow"
-        edges = (self.skeleton.in_edges[unit], self.skeleton.out_edges[unit])
-        return f"the path through unit {self._net.units[unit]} has no finite ratio; its skeleton weights are {edges}"
 
     def state_dict(self) -> dict[str, Any]:
         """Hyperparameters, skeleton, reference scale and momenta: copies, of plain Python and NumPy types."""

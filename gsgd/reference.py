@@ -274,16 +274,21 @@ def solve(
     d = (in_weights * _at_tree(xp, t, t.in_tree, gradients, 0.0) - s) / x
     m = _at_tree(xp, t, t.in_tree, momenta, 0.0)
 
-    def per_unit(values: Sequence[Any]) -> Array:
-        """A value per array, for the array in which the in-edge lies."""
-        return _at_tree(xp, t, t.in_tree, [xp.ones_like(w) * v for w, v in zip(weights, values, strict=True)], 0.0)
+    def per_unit(values: Sequence[Any]) -> Any:
+        """A value per array, for the array in which the in-edge of each unit lies."""
+        if all(v is values[0] for v in values):
+            return values[0]
+        ones = [xp.ones(e.shape, dtype=xp.float64, device=device(e)) for e in t.in_tree.entries]
+        found = [one * values[t.blocks[k].array] for one, k in zip(ones, t.in_tree.blocks, strict=True)]
+        found.append(xp.zeros((1,), dtype=xp.float64, device=device(t.root)))
+        return xp.take(xp.concat(found), t.in_tree.order)
 
-    moves = per_unit([g is not None for g in gradients])
     mu = per_unit([r.momentum if v is not None else 0.0 for r, v in zip(rates, momenta, strict=True)])
-    look_ahead = per_unit([float(r.nesterov) for r in rates]) * mu
-    m = xp.where(moves > 0, mu * m + d, m)
-    change = xp.where(look_ahead > 0, d + look_ahead * m, m)
-    r = xp.where(t.chain & (moves > 0), 1 - per_unit([r.lr for r in rates]) * change / x, xp.ones_like(x))
+    own, ahead = per_unit([float(r.nesterov) for r in rates]), per_unit([1.0 - r.nesterov for r in rates])
+    moves = t.chain & (xp.ones_like(x) * per_unit([0.0 if g is None else 1.0 for g in gradients]) > 0)
+    m = xp.where(moves, mu * m + d, m)
+    change = own * (d + mu * m) + ahead * m
+    r = xp.where(moves, 1 - per_unit([r.lr for r in rates]) * change / x, xp.ones_like(x))
     ratio = xp.clip(r, 1 / max_ratio, max_ratio)
     finite = xp.all(xp.isfinite(r)) & xp.all(xp.isfinite(1 / x)) & xp.all(xp.isfinite(x))
     return Solution(a, b, ratio, xp.take(ratio, t.root), m, xp.sum(xp.astype(r != ratio, xp.int64)), finite)

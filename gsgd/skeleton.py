@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -45,8 +45,8 @@ def make_plan(net: Network, arrays: Arrays, backend: Backend) -> tuple[Any, list
 
 
 def batch_norm_gradients(
-    net: Network, arrays: Arrays, gradients: list[NDArray[Any]]
-) -> tuple[list[NDArray[Any]], list[NDArray[Any]]]:
+    net: Network, arrays: Arrays, gradients: Sequence[NDArray[Any] | None]
+) -> tuple[list[NDArray[Any] | None], list[NDArray[Any] | None]]:
     """Gradients of layers before a batch normalization, for the update and for the sums of the inverse chain rule.
 
     "paper": times the norm of each row (equation 30). "released": times the norm over input channels only, and raw
@@ -60,16 +60,31 @@ def batch_norm_gradients(
             w = b.view(arrays[b.name])
             squares[b.name] = squares.get(b.name, 0) + np.sum(w * w, axis=(2, 3, 4, 5), keepdims=True)
     for b in net.blocks:
-        if b.batch_norm is None:
+        i, g = number[b.name], gradients[number[b.name]]
+        if b.batch_norm is None or g is None:
             continue
-        i, w = number[b.name], b.view(arrays[b.name])
-        if scaled[i] is gradients[i]:
-            scaled[i] = np.array(gradients[i])
+        w = b.view(arrays[b.name])
         norm = np.sqrt(squares[b.name] if b.batch_norm == "paper" else np.sum(w * w, axis=2, keepdims=True))
-        np.multiply(b.view(scaled[i]), norm, out=b.view(scaled[i]))
+        own = scaled[i]
+        if own is None or own is g:
+            own = scaled[i] = np.array(g)
+        np.multiply(b.view(own), norm, out=b.view(own))
         if b.batch_norm == "paper":
-            sums[i] = scaled[i]
+            sums[i] = own
     return scaled, sums
+
+
+def explain(net: Network, arrays: Arrays, gradients: Sequence[NDArray[Any] | None], unit: int) -> str:
+    """What was not finite in a step; `unit` is that of the plan's FloatingPointError."""
+    for name, g in zip(arrays, gradients, strict=True):
+        if g is not None and not np.isfinite(g).all():
+            return f"gradient of {name!r} is not finite"
+    for name, w in arrays.items():
+        if not np.isfinite(w).all():
+            return f"parameter {name!r} has entries that are not finite"
+    if unit < 0:
+        return "the sums of weights times gradients overflow"
+    return f"the path through unit {net.units[unit]} has no finite ratio: a skeleton weight is (nearly) zero"
 
 
 class Skeleton:

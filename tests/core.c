@@ -21,7 +21,8 @@ static double uniform(double low, double high) {
     return low + (high - low) * (double)(state >> 11) / 9007199254740992.0;
 }
 
-/* A chain of dense layers with biases, all in float64 or all in float32: layer k has a weight (rows, cols) and a bias. */
+/* A chain of dense layers with biases, all in float64 or all in float32: layer k has a weight (rows, cols)
+ * and a bias. */
 enum { MAX_LAYERS = 4 };
 
 typedef struct {
@@ -58,7 +59,8 @@ static void build(chain *c, int layers, const ptrdiff_t *width, gsgd_type type) 
         c->block[2 * k + 1] = bias;
         c->types[2 * k] = c->types[2 * k + 1] = type;
     }
-    CHECK(gsgd_create(&c->plan, c->units, 2 * layers, c->types, 2 * layers, c->block) == GSGD_OK && c->plan != NULL);
+    CHECK(gsgd_create(&c->plan, c->units, 2 * layers, c->types, 2 * layers, c->block) == GSGD_OK &&
+          c->plan != NULL);
     size_t units = (size_t)c->units + 1;
     c->in = calloc(units, sizeof *c->in);
     c->out = calloc(units, sizeof *c->out);
@@ -74,7 +76,8 @@ static void release(chain *c) {
     gsgd_destroy(c->plan);
 }
 
-/* Buffers for all weights of a chain; the weights' rows lie `pad` entries apart, or columns do when transposed. */
+/* Buffers for all weights of a chain; the weights' rows lie `pad` entries apart, or columns do when
+ * transposed. */
 typedef struct {
     gsgd_array array[2 * MAX_LAYERS];
     ptrdiff_t strides[2 * MAX_LAYERS][2];
@@ -101,7 +104,8 @@ static void drop(const chain *c, buffers *b) {
 
 static double get(const chain *c, const buffers *b, int i, ptrdiff_t r, ptrdiff_t col) {
     ptrdiff_t at = r * b->strides[i][0] + col * b->strides[i][1];
-    return c->type == GSGD_FLOAT32 ? (double)((float *)b->array[i].data)[at] : ((double *)b->array[i].data)[at];
+    return c->type == GSGD_FLOAT32 ? (double)((float *)b->array[i].data)[at]
+                                   : ((double *)b->array[i].data)[at];
 }
 
 static void set(const chain *c, buffers *b, int i, ptrdiff_t r, ptrdiff_t col, double x) {
@@ -156,7 +160,9 @@ static double at_edge(const chain *c, const buffers *b, gsgd_edge e, ptrdiff_t *
     return get(c, b, (int)e.block, *r, *k);
 }
 
-static int64_t source(const chain *c, gsgd_edge e, ptrdiff_t k) { return e.block % 2 ? -1 : c->ids[e.block / 2][k]; }
+static int64_t source(const chain *c, gsgd_edge e, ptrdiff_t k) {
+    return e.block % 2 ? -1 : c->ids[e.block / 2][k];
+}
 
 /* One step of method sections 2 and 3 by recursion, from the definitions, with the scale of ones. */
 typedef struct {
@@ -225,12 +231,21 @@ static double expected(const oracle *o, int i, ptrdiff_t r, ptrdiff_t k) {
     return (w - o->lr * g / (x * x)) / ratio(o, u);
 }
 
-static const gsgd_options plain = {.lr = 0.01, .max_ratio = 10, .threads = 1};
+static const gsgd_rates plain = {.lr = 0.01};
 
-static void step(chain *c, buffers *w, buffers *g, buffers *m, gsgd_options options) {
+static gsgd_status try_step(chain *c, buffers *w, buffers *g, buffers *m, gsgd_rates rates, int threads,
+                            int64_t *unit) {
+    gsgd_rates all[2 * MAX_LAYERS];
+    for (int i = 0; i < 2 * c->layers; ++i)
+        all[i] = rates;
+    gsgd_options options = {.rates = all, .max_ratio = 10, .threads = threads};
     ptrdiff_t clamped;
+    return gsgd_step(c->plan, w->array, g->array, g->array, m ? m->array : NULL, &options, &clamped, unit);
+}
+
+static void step(chain *c, buffers *w, buffers *g, buffers *m, gsgd_rates rates, int threads) {
     int64_t unit;
-    CHECK(gsgd_step(c->plan, w->array, g->array, g->array, m ? m->array : NULL, &options, &clamped, &unit) == GSGD_OK);
+    CHECK(try_step(c, w, g, m, rates, threads, &unit) == GSGD_OK);
 }
 
 static void test_definitions(gsgd_rule rule) {
@@ -243,7 +258,7 @@ static void test_definitions(gsgd_rule rule) {
         fill(&c, g, 0.1);
         skeleton(&c, w, rule);
         copy(&c, old, w);
-        step(&c, w, g, NULL, plain);
+        step(&c, w, g, NULL, plain, 1);
         oracle o = {&c, old, g, plain.lr};
         for (int i = 0; i < 8; ++i)
             for (ptrdiff_t r = 0; r < c.width[i / 2 + 1]; ++r)
@@ -259,7 +274,7 @@ static void test_definitions(gsgd_rule rule) {
 }
 
 /* The same bits for any number of threads and any strides. */
-static void test_bits(gsgd_type type, gsgd_options options) {
+static void test_bits(gsgd_type type, gsgd_rates rates) {
     static const ptrdiff_t widths[] = {70, 700, 333, 300, 3};
     chain c;
     build(&c, 4, widths, type);
@@ -274,11 +289,10 @@ static void test_bits(gsgd_type type, gsgd_options options) {
             buffers *g = allocate(&c, layout == 1 ? 1 : 0, layout == 3);
             copy(&c, w, start);
             copy(&c, g, gradient);
-            if (options.momentum > 0)
+            if (rates.momentum > 0)
                 m = allocate(&c, 0, layout == 2);
-            options.threads = threads[t];
             for (int n = 0; n < 3; ++n)
-                step(&c, w, g, m, options);
+                step(&c, w, g, m, rates, threads[t]);
             CHECK(first == NULL || equal(&c, first, w));
             drop(&c, g);
             if (m != NULL)
@@ -304,19 +318,18 @@ static void test_errors(void) {
     fill(&c, g, 1);
     skeleton(&c, w, GSGD_MODULO);
     copy(&c, old, w);
-    ptrdiff_t clamped;
     int64_t unit;
     for (int i = 0; i < 6; ++i) { /* a gradient that is not finite, wherever it is */
         double before = get(&c, g, i, 1, 0);
         set(&c, g, i, 1, 0, i % 2 ? NAN : INFINITY);
-        CHECK(gsgd_step(c.plan, w->array, g->array, g->array, NULL, &plain, &clamped, &unit) == GSGD_NOT_FINITE);
+        CHECK(try_step(&c, w, g, NULL, plain, 1, &unit) == GSGD_NOT_FINITE);
         CHECK(unit == -1 && equal(&c, w, old));
         set(&c, g, i, 1, 0, before);
     }
     ptrdiff_t r, k;
     at_edge(&c, w, c.in[0], &r, &k);
     set(&c, w, (int)c.in[0].block, r, k, 0); /* a skeleton weight that has become zero */
-    CHECK(gsgd_step(c.plan, w->array, g->array, g->array, NULL, &plain, &clamped, &unit) == GSGD_NOT_FINITE);
+    CHECK(try_step(&c, w, g, NULL, plain, 1, &unit) == GSGD_NOT_FINITE);
     CHECK(unit >= 0);
     copy(&c, w, old);
 
@@ -327,7 +340,7 @@ static void test_errors(void) {
     CHECK(gsgd_set_trees(c.plan, c.in, c.out, c.free_in, &unit) == GSGD_BAD_TREE && unit == 4);
     c.in[4] = good;
     CHECK(gsgd_set_trees(c.plan, c.in, c.out, c.free_in, &unit) == GSGD_OK);
-    step(&c, w, g, NULL, plain);
+    step(&c, w, g, NULL, plain, 1);
     CHECK(!equal(&c, w, old));
 
     c.block[2].array = 17;
@@ -345,8 +358,10 @@ static void test_errors(void) {
 /* Edges of a tree that go round in a circle: two units that feed each other. */
 static void test_cycle(void) {
     int64_t a[] = {0}, b[] = {1}, end[] = {GSGD_PINNED}, unit;
-    gsgd_block block[4] = {{.row_unit = a, .col_unit = end}, {.row_unit = b, .col_unit = a},
-                           {.row_unit = a, .col_unit = b},   {.row_unit = end, .col_unit = a}};
+    gsgd_block block[4] = {{.row_unit = a, .col_unit = end},
+                           {.row_unit = b, .col_unit = a},
+                           {.row_unit = a, .col_unit = b},
+                           {.row_unit = end, .col_unit = a}};
     gsgd_type types[4] = {GSGD_FLOAT64, GSGD_FLOAT64, GSGD_FLOAT64, GSGD_FLOAT64};
     for (int k = 0; k < 4; ++k) {
         block[k].array = k;
@@ -407,7 +422,7 @@ static void test_methods(void) {
 }
 
 int main(void) {
-    gsgd_options momentum = plain, nesterov = plain, decay = plain;
+    gsgd_rates momentum = plain, nesterov = plain, decay = plain;
     momentum.momentum = nesterov.momentum = 0.9;
     nesterov.nesterov = 1;
     nesterov.weight_decay = decay.weight_decay = 1e-3;

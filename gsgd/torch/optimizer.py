@@ -1,0 +1,394 @@
+"""GSGD as a torch.optim.Optimizer: the C core on the memory of CPU tensors, the reference's stages elsewhere."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeAlias, overload
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from gsgd import reference
+from gsgd.network import BatchNormMode, Network, Residual
+from gsgd.optimizer import ScaleName, Stats, non_negative, usable_threads
+from gsgd.skeleton import Rule, Skeleton, batch_norm_gradients, explain, make_plan
+from gsgd.torch.trace import trace
+
+Params: TypeAlias = nn.Module | Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]]
+Closure: TypeAlias = Callable[[], Any]
+
+_ANCHOR = ("in_edges", "out_edges", "in_weights", "out_weights", "c")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Anchor:
+    """What is fixed at construction: the trees, and the reference scale."""
+
+    in_edges: NDArray[np.int64]
+    out_edges: NDArray[np.int64]
+    in_weights: NDArray[np.float64]
+    out_weights: NDArray[np.float64]
+    c: NDArray[np.float64]
+
+
+def _refuse_unsupported(name: str, p: Tensor) -> None:
+    kinds = {c.__name__ for c in type(p).__mro__}
+    if kinds & {"DTensor", "FlatParameter"}:
+        raise TypeError(
+            f"parameter {name!r} is sharded ({type(p).__name__}): G-SGD needs whole rows and columns. "
+            "Supported are parameters that every process holds whole, as with DistributedDataParallel."
+        )
+    if p.is_sparse or not p.is_floating_point() or p.device.type == "meta":
+        raise TypeError(f"parameter {name!r}: expected a dense floating-point tensor, got {p.dtype} on {p.device}")
+
+
+class _CoreEngine:
+    """Steps by the C core, on NumPy views of CPU tensors that are made once."""
+
+    def __init__(self, net: Network, anchor: _Anchor, tensors: Mapping[str, Tensor]) -> None:
+        self.net = net
+        self.tensors = tensors
+        self.arrays = {name: p.detach().numpy() for name, p in tensors.items()}
+        self.weights = list(self.arrays.values())
+        self.known = [(p, p.data_ptr(), p.stride(), p.dtype) for p in tensors.values()]
+        self.plan, _ = make_plan(net, self.arrays, "c")
+        self.plan.set_trees(anchor.in_edges, anchor.out_edges)
+        self.plan.set_reference(anchor.in_weights, anchor.out_weights, anchor.c)
+        self.approximates = any(b.batch_norm for b in net.blocks)
+        self.buffers: list[Tensor | None] = [None] * len(tensors)
+        self.momenta: list[NDArray[Any] | None] = [None] * len(tensors)
+        self.rates = np.zeros((len(tensors), 4))
+        self.rows: list[tuple[float, float, float, bool]] = []
+
+    def is_current(self) -> bool:
+        """Whether the parameters still lie where they lay."""
+        return all(p.data_ptr() == address for p, address, _, _ in self.known)
+
+    def gradients(self, maximize: Sequence[bool]) -> list[Any]:
+        """Addresses where gradients are laid out as parameters, otherwise NumPy views; None where there is none."""
+        found: list[Any] = []
+        for (p, _, strides, dtype), negate in zip(self.known, maximize, strict=True):
+            g = p.grad
+            if g is None:
+                found.append(None)
+            elif (
+                not negate and not self.approximates and g.stride() == strides and g.dtype is dtype and not g.is_sparse
+            ):
+                found.append(g.data_ptr())
+            else:
+                found.append((-g if negate else g).detach().numpy())
+        return found
+
+    def step(
+        self,
+        buffers: list[Tensor | None],
+        rows: list[tuple[float, float, float, bool]],
+        maximize: Sequence[bool],
+        max_ratio: float,
+        threads: int,
+        stats: Stats,
+    ) -> None:
+        gradients = self.gradients(maximize)
+        sums = None
+        if self.approximates:
+            gradients, sums = batch_norm_gradients(self.net, self.arrays, gradients)
+        if any(new is not old for new, old in zip(buffers, self.buffers, strict=True)):
+            self.buffers = buffers
+            self.momenta = [None if b is None else b.numpy() for b in buffers]
+        if rows != self.rows:
+            self.rows = rows
+            self.rates[:] = rows
+        try:
+            clamped = self.plan.step(self.weights, gradients, sums, self.momenta, self.rates, max_ratio, threads)
+        except FloatingPointError as error:
+            found = [None if p.grad is None else p.grad.numpy() for p in self.tensors.values()]
+            raise FloatingPointError(explain(self.net, self.arrays, found, error.args[0])) from None
+        # the writes were not seen by autograd
+        torch.autograd.graph.increment_version(
+            [p for p, _, _, _ in self.known if p.grad is not None or p.requires_grad]
+        )
+        stats.steps += 1
+        stats.clamped += clamped
+
+
+class _ArrayEngine:
+    """Steps by the three stages of gsgd.reference on the tensors' own device, without waiting for it.
+
+    Where something is not finite nothing is written: telling the caller would mean waiting for the device.
+    """
+
+    def __init__(self, net: Network, anchor: _Anchor, tensors: Mapping[str, Tensor]) -> None:
+        if any(b.batch_norm for b in net.blocks):
+            raise ValueError("batch_norm 'paper' and 'released' are supported on the CPU only; use 'exact'")
+        self.tensors = tensors
+        self.known = [(p, p.data_ptr()) for p in tensors.values()]
+        device = self.known[0][0].device
+
+        def asarray(x: NDArray[Any]) -> Tensor:
+            return torch.from_numpy(np.ascontiguousarray(x)).to(device)
+
+        number = {name: i for i, name in enumerate(tensors)}
+        shaped = {name: np.empty(p.shape, dtype=np.float32) for name, p in tensors.items()}
+        _, blocks = make_plan(net, shaped, "reference")
+        tables = reference.tables(
+            net.num_units, [(number[b.name], b) for b in blocks], anchor.in_edges, anchor.out_edges
+        )
+        self.tables = reference.convert(tables, asarray)
+        scales = (np.append(x, 1.0) for x in (anchor.in_weights, anchor.out_weights, anchor.c))
+        self.scale = reference.Scale(*(asarray(x) for x in scales))
+
+    def is_current(self) -> bool:
+        """Whether the parameters still lie where they lay."""
+        return all(p.data_ptr() == address for p, address in self.known)
+
+    def step(
+        self,
+        buffers: list[Tensor | None],
+        rows: list[tuple[float, float, float, bool]],
+        maximize: Sequence[bool],
+        max_ratio: float,
+        threads: int,
+        stats: Stats,
+    ) -> None:
+        weights = [p.detach() for p in self.tensors.values()]
+        gradients = [
+            None if p.grad is None else -p.grad if negate else p.grad
+            for p, negate in zip(self.tensors.values(), maximize, strict=True)
+        ]
+        shared = {row: reference.Rates(*row) for row in rows}
+        rates = [shared[row] for row in rows]
+        new, new_buffers, solution = reference.step(
+            self.tables, self.scale, weights, gradients, gradients, buffers, rates, max_ratio
+        )
+        finite = solution.finite
+        for g in gradients:
+            if g is not None:
+                finite = finite & torch.isfinite(g).all()
+        for p, old, value in zip(self.tensors.values(), weights, new, strict=True):
+            p.copy_(torch.where(finite, value, old))
+        for b, value in zip(buffers, new_buffers, strict=True):
+            if b is not None and value is not None:
+                b.copy_(torch.where(finite, value, b))
+        stats.steps += 1
+        stats.clamped = stats.clamped + torch.where(finite, solution.clamped, 0)  # type: ignore[assignment]
+
+
+class GSGD(torch.optim.Optimizer):
+    """G-SGD (Meng et al., ICLR 2019) as a drop-in for `torch.optim.SGD`.
+
+    Parameters
+    ----------
+    params : nn.Module, or named parameters, or param groups of named parameters
+        A module is traced and all its parameters are trained. Otherwise ``model.named_parameters()``, or dicts with
+        "params" (of named parameters) and their own lr, momentum, nesterov, weight_decay, maximize.
+    lr, momentum, nesterov, weight_decay, maximize
+        As in `torch.optim.SGD`, on the coordinates that `gsgd.GSGD` describes.
+    network : gsgd.Network, optional
+        The network of named parameters. Parameters that it does not mention take plain SGD steps. A parameter that
+        it mentions and that is not given, or does not require a gradient now, pins the units that it meets.
+    example_inputs, residual, batch_norm
+        For tracing a module, see `trace`.
+    scale, rule, max_ratio, threads
+        See `gsgd.GSGD`. `threads` is torch.get_num_threads() by default.
+
+    Notes
+    -----
+    Float32 and float64 tensors on the CPU are updated by the C core in place, without copies, on the strides that
+    they have. Other tensors take the same step in array operations on their device.
+
+    A parameter whose gradient is None takes no step of its own: its paths keep their values, for which its weights
+    may have to follow a unit that is rescaled.
+
+    Raises
+    ------
+    FloatingPointError
+        In `step`, on the CPU: a gradient or a path ratio is not finite. On other devices such a step is left out.
+    """
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float | Tensor = 0.1,
+        momentum: float = 0.0,
+        nesterov: bool = False,
+        weight_decay: float = 0.0,
+        *,
+        network: Network | None = None,
+        example_inputs: Any = None,
+        residual: Residual = "tie",
+        batch_norm: BatchNormMode = "exact",
+        scale: ScaleName = "balanced",
+        rule: Rule = "modulo",
+        max_ratio: float = 10.0,
+        maximize: bool = False,
+        threads: int | None = None,
+    ) -> None:
+        if scale not in ("balanced", "initial", "ones"):
+            raise ValueError(f"scale: expected 'balanced', 'initial' or 'ones', got {scale!r}")
+        if not max_ratio > 1:
+            raise ValueError(f"max_ratio: expected a number > 1, got {max_ratio!r}")
+        if isinstance(params, nn.Module):
+            if network is None:
+                network = trace(params, example_inputs, residual=residual, batch_norm=batch_norm)
+            params = list(params.named_parameters())
+        if network is None:
+            raise ValueError("network: expected a gsgd.Network, or a module as the first argument")
+        self._engine: _CoreEngine | _ArrayEngine | None = None
+        self._max_ratio, self._threads = max_ratio, threads
+        self._stats = Stats()
+        defaults = {
+            "lr": lr,
+            "momentum": momentum,
+            "nesterov": nesterov,
+            "weight_decay": weight_decay,
+            "maximize": maximize,
+        }
+        super().__init__(params, defaults)
+        tensors = self._tensors()
+        for name in network.shapes:
+            if name in tensors and tuple(tensors[name].shape) != network.shapes[name]:
+                expected, got = network.shapes[name], tuple(tensors[name].shape)
+                raise ValueError(f"parameter {name!r}: the network expects shape {expected}, got {got}")
+        fixed = [n for n in network.shapes if n not in tensors or not tensors[n].requires_grad]
+        self.network = network.without(fixed, "meets a parameter that is not trained") if fixed else network
+        tensors = self._tensors()
+        arrays = {name: p.detach().cpu() for name, p in tensors.items()}
+        plain = {n: (a if a.dtype == torch.float64 else a.float()).numpy() for n, a in arrays.items()}
+        skeleton = Skeleton(self.network, plain, rule, _scaled=scale == "balanced")
+        c = skeleton.balanced_scale(plain) if scale == "balanced" else np.ones(self.network.num_units)
+        if scale == "ones":
+            with torch.no_grad():
+                for edge in {*skeleton.in_edges, *skeleton.out_edges} - {None}:
+                    name, index = edge  # type: ignore[misc]
+                    tensors[name][index] = 1
+            in_weights = out_weights = np.ones(self.network.num_units)
+        else:
+            in_weights, out_weights = skeleton.tree_weights(plain)
+        self._anchor = _Anchor(*skeleton.edge_arrays, in_weights, out_weights, c)
+
+    @classmethod
+    def paper(cls, model: nn.Module, lr: float | Tensor = 0.1, **options: Any) -> GSGD:
+        """The paper's own method: residual "pin", batch_norm "paper", rule "modulo", scale "ones".
+
+        It overwrites the skeleton weights of `model` by 1 (section 11.2).
+        """
+        return cls(model, lr, residual="pin", batch_norm="paper", rule="modulo", scale="ones", **options)
+
+    @property
+    def stats(self) -> Stats:
+        """Counts of steps and of clamped ratios; reading it waits for the device."""
+        return Stats(self._stats.steps, int(self._stats.clamped))
+
+    # parameters by name
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group of named parameters. Those that the network did not know from the start take plain SGD steps."""
+        super().add_param_group(param_group)
+        self._engine = None
+        group = self.param_groups[-1]
+        try:
+            if "param_names" not in group:
+                raise ValueError("params: expected named parameters, as model.named_parameters() gives them")
+            for name in ("lr", "momentum", "weight_decay"):
+                non_negative(name, group[name])
+            if group["nesterov"] and not group["momentum"]:
+                raise ValueError("nesterov: expected a momentum > 0")
+            for name, p in zip(group["param_names"], group["params"], strict=True):
+                _refuse_unsupported(name, p)
+        except (TypeError, ValueError):
+            self.param_groups.pop()
+            raise
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """All parameters by name: those of the network in its order, then the others."""
+        tensors = {n: p for g in self.param_groups for n, p in zip(g["param_names"], g["params"], strict=True)}
+        known = getattr(self, "network", None)
+        first = [] if known is None else [n for n in known.shapes if n in tensors]
+        return {n: tensors[n] for n in (*first, *(n for n in tensors if n not in first))}
+
+    def _current_engine(self) -> _CoreEngine | _ArrayEngine:
+        if self._engine is None or not self._engine.is_current():
+            tensors = self._tensors()
+            devices = {p.device for p in tensors.values()}
+            if len(devices) > 1:
+                raise ValueError(f"expected all parameters on one device, got {sorted(map(str, devices))}")
+            in_core = devices == {torch.device("cpu")} and all(
+                p.dtype in (torch.float32, torch.float64) for p in tensors.values()
+            )
+            self._engine = (_CoreEngine if in_core else _ArrayEngine)(self.network, self._anchor, tensors)
+            group_of = {p: i for i, g in enumerate(self.param_groups) for p in g["params"]}
+            self._group_of = [group_of[p] for p in tensors.values()]
+        return self._engine
+
+    # steps
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+    @overload
+    def step(self, closure: Closure) -> Any: ...
+    @torch.no_grad()
+    def step(self, closure: Closure | None = None) -> Any:
+        """Update the parameters; `closure`, if given, is called first and its loss returned."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        engine = self._current_engine()
+        groups = [(float(g["lr"]), g["momentum"], g["weight_decay"], g["nesterov"]) for g in self.param_groups]
+        maximize = [g["maximize"] for g in self.param_groups]
+        buffers = [
+            self._buffer(p) if groups[i][1] else None
+            for p, i in zip(engine.tensors.values(), self._group_of, strict=True)
+        ]
+        if any(p.grad is not None for p in engine.tensors.values()):
+            engine.step(
+                buffers,
+                [groups[i] for i in self._group_of],
+                [maximize[i] for i in self._group_of],
+                self._max_ratio,
+                usable_threads(self._threads or torch.get_num_threads()),
+                self._stats,
+            )
+        return loss
+
+    def _buffer(self, p: Tensor) -> Tensor:
+        state = self.state[p]
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.zeros_like(p)
+        buffer: Tensor = state["momentum_buffer"]
+        return buffer
+
+    # state
+
+    def state_dict(self) -> dict[str, Any]:
+        """As of every optimizer, and under "gsgd" the skeleton and the reference scale."""
+        state = super().state_dict()
+        anchor = {name: torch.from_numpy(getattr(self._anchor, name).copy()) for name in _ANCHOR}
+        state["gsgd"] = {**anchor, "steps": self._stats.steps, "clamped": int(self._stats.clamped)}
+        return state
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Continue from `state_dict`. A state without "gsgd", of another optimizer, keeps this one's skeleton."""
+        given = state_dict.get("gsgd")
+        anchor = self._anchor
+        if given is not None:
+            anchor = _Anchor(*(np.array(given[name]) for name in _ANCHOR))
+            for name in _ANCHOR:
+                expected, got = getattr(self._anchor, name).shape, getattr(anchor, name).shape
+                if expected != got:
+                    raise ValueError(f"state_dict: {name!r} of shape {got}, expected {expected}: of another network")
+        super().load_state_dict({k: v for k, v in state_dict.items() if k != "gsgd"})
+        self._anchor, self._engine = anchor, None
+        if given is not None:
+            self._stats = Stats(given["steps"], given["clamped"])
+
+    def __getstate__(self) -> dict[str, Any]:
+        kept = ("network", "_anchor", "_max_ratio", "_threads")
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in kept}, "_stats": self.stats}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._engine = None
