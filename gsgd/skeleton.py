@@ -107,8 +107,6 @@ class Skeleton:
     ----------
     in_edges, out_edges : tuples of (name, index), one per unit
         None for a unit that no path of non-zero weights passes: it is pinned.
-    free : dict of str to bool array
-        True at the out-edges, which never move.
     """
 
     def __init__(
@@ -147,10 +145,16 @@ class Skeleton:
             tuple((blocks[k].name, blocks[k].index(e)) if k >= 0 else None for k, e in found.tolist())
             for found in edges
         )
-        self.free = {name: np.zeros(a.shape, dtype=bool) for name, a in arrays.items()}
+        self._shapes = {name: a.shape for name, a in arrays.items()}
+
+    @property
+    def free(self) -> dict[str, NDArray[np.bool_]]:
+        """A mask per parameter: True at the out-edges, which never move."""
+        masks = {name: np.zeros(shape, dtype=bool) for name, shape in self._shapes.items()}
         for edge in self.out_edges:
             if edge is not None:
-                self.free[edge[0]][edge[1]] = True
+                masks[edge[0]][edge[1]] = True
+        return masks
 
     @property
     def pinned(self) -> dict[str, str]:

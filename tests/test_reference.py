@@ -1,0 +1,40 @@
+"""The reference needs nothing but the array API standard."""
+
+import array_api_strict as xp
+import numpy as np
+import pytest
+
+import gsgd
+from gsgd import reference
+
+
+@pytest.fixture
+def net() -> gsgd.Network:
+    net = gsgd.Network()
+    h = net.relu(net.conv("conv1", net.input(3), 4, (3, 3), bias="bias1"))
+    r = net.relu(net.conv("conv2", h, 4, (3, 3), groups=2))
+    joined = net.concat(net.flatten(net.add(h, r), 4), net.flatten(r, 2, order="channels_last"))
+    net.output(net.dense("fc", joined, 5))
+    return net
+
+
+def test_a_step_on_strict_arrays_is_the_core_s(net: gsgd.Network) -> None:
+    rng = np.random.default_rng(0)
+    params = {name: rng.standard_normal(shape) for name, shape in net.shapes.items()}
+    grads = {name: 0.01 * rng.standard_normal(shape) for name, shape in net.shapes.items()}
+    skeleton = gsgd.Skeleton(net, params)
+    number = {name: i for i, name in enumerate(params)}
+    blocks = [(number[b.name], b) for b in net.blocks]
+    tables = reference.convert(reference.tables(net.num_units, blocks, *skeleton.edge_arrays), xp.asarray)
+    reference_scale = (*skeleton.tree_weights(params), np.ones(net.num_units))
+    scale = reference.Scale(*(xp.asarray(np.append(x, 1.0)) for x in reference_scale))
+    weights, gradients = ([xp.asarray(x.copy()) for x in arrays.values()] for arrays in (params, grads))
+    rates = [reference.Rates(lr=0.01, momentum=0.9, weight_decay=1e-3, nesterov=True)] * len(params)
+    momenta = [xp.zeros_like(w) for w in weights]
+    new, _, solution = reference.step(tables, scale, weights, gradients, gradients, momenta, rates)
+
+    opt = gsgd.GSGD(params, net, lr=0.01, momentum=0.9, weight_decay=1e-3, nesterov=True, scale="initial")
+    opt.step(grads)
+    assert bool(solution.finite)
+    for value, expected in zip(new, params.values(), strict=True):
+        np.testing.assert_allclose(np.asarray(value), expected, rtol=1e-12)
