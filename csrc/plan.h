@@ -54,7 +54,7 @@ struct gsgd_plan {
     uint8_t *in_is_free; /* the in-edge is the source's out-edge */
     ptrdiff_t num_active;
     int64_t *in_order, *out_order;            /* active units: sources first, destinations first */
-    double *in0, *out0, *c;                   /* the reference scale */
+    double *in0, *out0, *c, *inv_c;           /* the reference scale */
     double *a, *b, *inv_a, *inv_b, *inv_rho;  /* A, B, their inverses and 1 / rho of method section 4 */
     double *sum;                              /* S, by chain root */
     double *ratio;                            /* R */

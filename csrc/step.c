@@ -1,8 +1,8 @@
 /* step.c - one step in three stages.
  *
- *   gather   per unit, the sum of w g over its out-edges: reads weights and gradients once, column by column
- *   solve    on the trees, O(units): chain products, the inverse chain rule, path ratios; validates
- * everything apply    one pass over the weights; then the tree edges get the values that solve found for them
+ * Gather: per unit, the sum of w g over its out-edges; reads weights and gradients once, column by column.
+ * Solve: on the trees, O(units): chain products, the inverse chain rule, path ratios; validates everything.
+ * Apply: one pass over the weights; then the tree edges get the values that solve found for them.
  */
 #include "parallel.h"
 #include "plan.h"
@@ -16,6 +16,12 @@
 #define KERNEL __attribute__((target_clones("default", "arch=x86-64-v3", "arch=x86-64-v4")))
 #else
 #define KERNEL
+#endif
+
+#ifdef __GNUC__
+#define ALWAYS_INLINE inline __attribute__((always_inline))
+#else
+#define ALWAYS_INLINE inline
 #endif
 
 enum {
@@ -223,13 +229,13 @@ static double tree_weight(const gsgd_plan *plan, const tree_edge *e) {
 /* A and B of every unit: chain products relative to the reference scale. A unit where one is 0 or not finite,
  * or -1. */
 static int64_t chain_products(gsgd_plan *plan) {
-    double *a = plan->a, *b = plan->b, *c = plan->c;
+    double *a = plan->a, *b = plan->b, *c = plan->c, *inv_c = plan->inv_c;
     for (ptrdiff_t n = 0; n < plan->num_active; ++n) {
         int64_t v = plan->in_order[n], u = plan->in_unit[v];
-        a[v] = a[u] * c[u] * (tree_weight(plan, &plan->in[v]) / plan->in0[v]) / c[v];
+        a[v] = a[u] * c[u] * (tree_weight(plan, &plan->in[v]) / plan->in0[v]) * inv_c[v];
         v = plan->out_order[n];
         u = plan->out_unit[v];
-        b[v] = b[u] / c[u] * (tree_weight(plan, &plan->out[v]) / plan->out0[v]) * c[v];
+        b[v] = b[u] * inv_c[u] * (tree_weight(plan, &plan->out[v]) / plan->out0[v]) * c[v];
     }
     for (ptrdiff_t n = 0; n < plan->num_active; ++n) {
         int64_t v = plan->in_order[n];
@@ -247,17 +253,19 @@ static int solve_chain(job *j, int64_t v) {
     const tree_edge *in = &plan->in[v];
     const block *b = &plan->block[in->block];
     const gsgd_rates *o = &j->options->rates[b->array];
-    double x = plan->a[v] * plan->b[v], r = 1, m = b->m.data == NULL ? 0 : load_at(b->type, &b->m, in->m);
+    double inv_x = plan->inv_a[v] * plan->inv_b[v], r = 1,
+           m = b->m.data == NULL ? 0 : load_at(b->type, &b->m, in->m);
     if (b->g.data != NULL) {
-        double d = (gsgd_product(plan, in) - plan->sum[v]) / x;
+        double d = (gsgd_product(plan, in) - plan->sum[v]) * inv_x;
         m = o->momentum * m + d;
-        r = 1 - o->lr * (b->m.data == NULL ? d : o->nesterov ? d + o->momentum * m : m) / x;
+        r = 1 - o->lr * (b->m.data == NULL ? d : o->nesterov ? d + o->momentum * m : m) * inv_x;
     }
     if (!isfinite(r))
         return 0;
     double low = 1 / j->options->max_ratio, high = j->options->max_ratio;
     j->clamped += r < low || r > high;
     plan->ratio[v] = r < low ? low : r > high ? high : r;
+    plan->inv_rho[v] = 1 / plan->ratio[v];
     plan->new_in[v] = tree_weight(plan, in) * plan->ratio[v] * plan->inv_rho[plan->in_unit[v]];
     plan->new_momentum[v] = m;
     return 1;
@@ -273,12 +281,13 @@ static gsgd_status solve(job *j) {
         return GSGD_NOT_FINITE;
     for (ptrdiff_t n = 0; n < plan->num_active; ++n) {
         int64_t v = plan->in_order[n];
-        if (!plan->in_is_free[v] && !solve_chain(j, v)) {
+        if (plan->in_is_free[v]) {
+            plan->inv_rho[v] = plan->inv_rho[plan->root[v]];
+        } else if (!solve_chain(j, v)) {
             j->unit = v;
             return GSGD_NOT_FINITE;
         }
         plan->kept_out[v] = tree_weight(plan, &plan->out[v]);
-        plan->inv_rho[v] = 1 / plan->ratio[plan->root[v]];
     }
     for (ptrdiff_t k = 0; k < plan->blocks; ++k)
         if (plan->block[k].type == GSGD_FLOAT32)

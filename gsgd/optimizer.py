@@ -212,7 +212,8 @@ class GSGD:
                 usable_threads(self.threads),
             )
         except FloatingPointError as error:
-            raise FloatingPointError(explain(self._net, self._arrays, gradients, error.args[0])) from None
+            reason = explain(self._net, self.skeleton.edge_arrays, self._arrays, gradients, error.args[0])
+            raise FloatingPointError(reason) from None
         self.stats.steps += 1
         self.stats.clamped += clamped
 

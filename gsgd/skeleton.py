@@ -74,17 +74,27 @@ def batch_norm_gradients(
     return scaled, sums
 
 
-def explain(net: Network, arrays: Arrays, gradients: Sequence[NDArray[Any] | None], unit: int) -> str:
-    """What was not finite in a step; `unit` is that of the plan's FloatingPointError."""
+def explain(
+    net: Network,
+    edges: Sequence[NDArray[np.int64]],
+    arrays: Arrays,
+    gradients: Sequence[NDArray[Any] | None],
+    unit: int,
+) -> str:
+    """What was not finite in a step on the trees `edges`; `unit` is that of the plan's FloatingPointError."""
     for name, g in zip(arrays, gradients, strict=True):
         if g is not None and not np.isfinite(g).all():
             return f"gradient of {name!r} is not finite"
     for name, w in arrays.items():
         if not np.isfinite(w).all():
             return f"parameter {name!r} has entries that are not finite"
+    for k, entry in (e for tree in edges for e in tree.tolist() if e[0] >= 0):
+        name, index = net.blocks[k].name, net.blocks[k].index(entry)
+        if arrays[name][index] == 0:
+            return f"the skeleton weight {name}{list(index)} has become 0: paths through it have no ratio"
     if unit < 0:
         return "the sums of weights times gradients overflow"
-    return f"the path through unit {net.units[unit]} has no finite ratio: a skeleton weight is (nearly) zero"
+    return f"the path through unit {net.units[unit]} has no finite ratio"
 
 
 class Skeleton:
