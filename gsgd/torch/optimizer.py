@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeAlias, overload
 
 import numpy as np
@@ -12,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from gsgd import reference
+from gsgd.arrays import check_parameters
 from gsgd.network import BatchNormMode, Network, Residual
 from gsgd.optimizer import ScaleName, Stats, non_negative, usable_threads
 from gsgd.skeleton import Rule, Skeleton, batch_norm_gradients, explain, make_plan
@@ -45,17 +48,27 @@ def _refuse_unsupported(name: str, p: Tensor) -> None:
         raise TypeError(f"parameter {name!r}: expected a dense floating-point tensor, got {p.dtype} on {p.device}")
 
 
+def _followers(net: Network) -> set[str]:
+    """The parameters that follow a unit which is rescaled, even where they have no gradient."""
+    return {b.name for b in net.blocks if (b.cols >= 0).any()}
+
+
 class _CoreEngine:
     """Steps by the C core, on NumPy views of CPU tensors that are made once."""
 
     def __init__(self, net: Network, anchor: _Anchor, tensors: Mapping[str, Tensor]) -> None:
         self.net = net
         self.tensors = tensors
-        self.arrays = {name: p.detach().numpy() for name, p in tensors.items()}
+        self.aliases = [p.detach() for p in tensors.values()]
+        views = {name: alias.numpy() for name, alias in zip(tensors, self.aliases, strict=True)}
+        self.arrays = check_parameters(views, net, others=True)
         self.weights = list(self.arrays.values())
-        self.known = [(p, p.data_ptr(), p.stride(), p.dtype) for p in tensors.values()]
+        self.layouts = [(p.stride(), p.dtype) for p in self.aliases]
+        follow = _followers(net)
+        self.following = [name in follow for name in tensors]
         self.plan, _ = make_plan(net, self.arrays, "c")
-        self.plan.set_trees(anchor.in_edges, anchor.out_edges)
+        self.trees = (anchor.in_edges, anchor.out_edges)
+        self.plan.set_trees(*self.trees)
         self.plan.set_reference(anchor.in_weights, anchor.out_weights, anchor.c)
         self.approximates = any(b.batch_norm for b in net.blocks)
         self.buffers: list[Tensor | None] = [None] * len(tensors)
@@ -64,37 +77,28 @@ class _CoreEngine:
         self.rows: list[tuple[float, float, float, bool]] = []
 
     def is_current(self) -> bool:
-        """Whether the parameters still lie where they lay."""
-        return all(p.data_ptr() == address for p, address, _, _ in self.known)
-
-    def gradients(self, maximize: Sequence[bool]) -> list[Any]:
-        """Addresses where gradients are laid out as parameters, otherwise NumPy views; None where there is none."""
-        found: list[Any] = []
-        for (p, _, strides, dtype), negate in zip(self.known, maximize, strict=True):
-            g = p.grad
-            if g is None:
-                found.append(None)
-            elif (
-                not negate and not self.approximates and g.stride() == strides and g.dtype is dtype and not g.is_sparse
-            ):
-                found.append(g.data_ptr())
-            else:
-                found.append((-g if negate else g).detach().numpy())
-        return found
+        """Whether the parameters still lie where they lay, as they lay."""
+        return all(map(Tensor.is_set_to, self.tensors.values(), self.aliases))
 
     def step(
         self,
+        gradients: list[Tensor | None],
         buffers: list[Tensor | None],
         rows: list[tuple[float, float, float, bool]],
-        maximize: Sequence[bool],
         max_ratio: float,
         threads: int,
         stats: Stats,
     ) -> None:
-        gradients = self.gradients(maximize)
+        found: list[Any]
         sums = None
         if self.approximates:
-            gradients, sums = batch_norm_gradients(self.net, self.arrays, gradients)
+            views = [None if g is None else g.detach().numpy() for g in gradients]
+            found, sums = batch_norm_gradients(self.net, self.arrays, views)
+        else:  # an address will do where the gradient is laid out as the parameter
+            found = [
+                None if g is None else g.data_ptr() if (g.stride(), g.dtype) == layout else g.detach().numpy()
+                for g, layout in zip(gradients, self.layouts, strict=True)
+            ]
         if any(new is not old for new, old in zip(buffers, self.buffers, strict=True)):
             self.buffers = buffers
             self.momenta = [None if b is None else b.numpy() for b in buffers]
@@ -102,14 +106,13 @@ class _CoreEngine:
             self.rows = rows
             self.rates[:] = rows
         try:
-            clamped = self.plan.step(self.weights, gradients, sums, self.momenta, self.rates, max_ratio, threads)
+            clamped = self.plan.step(self.weights, found, sums, self.momenta, self.rates, max_ratio, threads)
         except FloatingPointError as error:
-            found = [None if p.grad is None else p.grad.numpy() for p in self.tensors.values()]
-            raise FloatingPointError(explain(self.net, self.arrays, found, error.args[0])) from None
-        # the writes were not seen by autograd
-        torch.autograd.graph.increment_version(
-            [p for p, _, _, _ in self.known if p.grad is not None or p.requires_grad]
-        )
+            found = [None if g is None else g.detach().numpy() for g in gradients]
+            raise FloatingPointError(explain(self.net, self.trees, self.arrays, found, error.args[0])) from None
+        # autograd did not see what was written
+        written = zip(self.tensors.values(), gradients, self.following, strict=True)
+        torch.autograd.graph.increment_version([p for p, g, follows in written if follows or g is not None])
         stats.steps += 1
         stats.clamped += clamped
 
@@ -124,8 +127,10 @@ class _ArrayEngine:
         if any(b.batch_norm for b in net.blocks):
             raise ValueError("batch_norm 'paper' and 'released' are supported on the CPU only; use 'exact'")
         self.tensors = tensors
-        self.known = [(p, p.data_ptr()) for p in tensors.values()]
-        device = self.known[0][0].device
+        self.aliases = [p.detach() for p in tensors.values()]
+        follow = _followers(net)
+        self.following = [name in follow for name in tensors]
+        device = self.aliases[0].device
 
         def asarray(x: NDArray[Any]) -> Tensor:
             return torch.from_numpy(np.ascontiguousarray(x)).to(device)
@@ -141,23 +146,19 @@ class _ArrayEngine:
         self.scale = reference.Scale(*(asarray(x) for x in scales))
 
     def is_current(self) -> bool:
-        """Whether the parameters still lie where they lay."""
-        return all(p.data_ptr() == address for p, address in self.known)
+        """Whether the parameters still lie where they lay, as they lay."""
+        return all(map(Tensor.is_set_to, self.tensors.values(), self.aliases))
 
     def step(
         self,
+        gradients: list[Tensor | None],
         buffers: list[Tensor | None],
         rows: list[tuple[float, float, float, bool]],
-        maximize: Sequence[bool],
         max_ratio: float,
         threads: int,
         stats: Stats,
     ) -> None:
-        weights = [p.detach() for p in self.tensors.values()]
-        gradients = [
-            None if p.grad is None else -p.grad if negate else p.grad
-            for p, negate in zip(self.tensors.values(), maximize, strict=True)
-        ]
+        weights = self.aliases
         shared = {row: reference.Rates(*row) for row in rows}
         rates = [shared[row] for row in rows]
         new, new_buffers, solution = reference.step(
@@ -167,8 +168,9 @@ class _ArrayEngine:
         for g in gradients:
             if g is not None:
                 finite = finite & torch.isfinite(g).all()
-        for p, old, value in zip(self.tensors.values(), weights, new, strict=True):
-            p.copy_(torch.where(finite, value, old))
+        for p, value, g, follows in zip(self.tensors.values(), new, gradients, self.following, strict=True):
+            if follows or g is not None:
+                p.copy_(torch.where(finite, value, p))
         for b, value in zip(buffers, new_buffers, strict=True):
             if b is not None and value is not None:
                 b.copy_(torch.where(finite, value, b))
@@ -228,8 +230,10 @@ class GSGD(torch.optim.Optimizer):
     ) -> None:
         if scale not in ("balanced", "initial", "ones"):
             raise ValueError(f"scale: expected 'balanced', 'initial' or 'ones', got {scale!r}")
-        if not max_ratio > 1:
-            raise ValueError(f"max_ratio: expected a number > 1, got {max_ratio!r}")
+        if not (math.isfinite(max_ratio) and max_ratio > 1):
+            raise ValueError(f"max_ratio: expected a finite number > 1, got {max_ratio!r}")
+        if threads is not None and threads < 1:
+            raise ValueError(f"threads: expected at least 1, got {threads!r}")
         if isinstance(params, nn.Module):
             if network is None:
                 network = trace(params, example_inputs, residual=residual, batch_norm=batch_norm)
@@ -259,15 +263,15 @@ class GSGD(torch.optim.Optimizer):
         plain = {n: (a if a.dtype == torch.float64 else a.float()).numpy() for n, a in arrays.items()}
         skeleton = Skeleton(self.network, plain, rule, _scaled=scale == "balanced")
         c = skeleton.balanced_scale(plain) if scale == "balanced" else np.ones(self.network.num_units)
+        ones = np.ones(self.network.num_units)
+        tree_weights = (ones, ones) if scale == "ones" else skeleton.tree_weights(plain)
+        self._anchor = _Anchor(*skeleton.edge_arrays, *tree_weights, c)
+        self._current_engine()  # refuses what no step can be taken on
         if scale == "ones":
             with torch.no_grad():
                 for edge in {*skeleton.in_edges, *skeleton.out_edges} - {None}:
                     name, index = edge  # type: ignore[misc]
                     tensors[name][index] = 1
-            in_weights = out_weights = np.ones(self.network.num_units)
-        else:
-            in_weights, out_weights = skeleton.tree_weights(plain)
-        self._anchor = _Anchor(*skeleton.edge_arrays, in_weights, out_weights, c)
 
     @classmethod
     def paper(cls, model: nn.Module, lr: float | Tensor = 0.1, **options: Any) -> GSGD:
@@ -296,8 +300,12 @@ class GSGD(torch.optim.Optimizer):
                 non_negative(name, group[name])
             if group["nesterov"] and not group["momentum"]:
                 raise ValueError("nesterov: expected a momentum > 0")
+            names = Counter(n for g in self.param_groups for n in g["param_names"])
+            params = Counter(group["params"])
             for name, p in zip(group["param_names"], group["params"], strict=True):
                 _refuse_unsupported(name, p)
+                if names[name] > 1 or params[p] > 1:
+                    raise ValueError(f"parameter {name!r} is given twice")
         except (TypeError, ValueError):
             self.param_groups.pop()
             raise
@@ -309,18 +317,21 @@ class GSGD(torch.optim.Optimizer):
         first = [] if known is None else [n for n in known.shapes if n in tensors]
         return {n: tensors[n] for n in (*first, *(n for n in tensors if n not in first))}
 
+    def _make_engine(self, anchor: _Anchor) -> _CoreEngine | _ArrayEngine:
+        tensors = self._tensors()
+        devices = {p.device for p in tensors.values()}
+        if len(devices) > 1:
+            raise ValueError(f"expected all parameters on one device, got {sorted(map(str, devices))}")
+        in_core = devices == {torch.device("cpu")} and all(
+            p.dtype in (torch.float32, torch.float64) for p in tensors.values()
+        )
+        return (_CoreEngine if in_core else _ArrayEngine)(self.network, anchor, tensors)
+
     def _current_engine(self) -> _CoreEngine | _ArrayEngine:
         if self._engine is None or not self._engine.is_current():
-            tensors = self._tensors()
-            devices = {p.device for p in tensors.values()}
-            if len(devices) > 1:
-                raise ValueError(f"expected all parameters on one device, got {sorted(map(str, devices))}")
-            in_core = devices == {torch.device("cpu")} and all(
-                p.dtype in (torch.float32, torch.float64) for p in tensors.values()
-            )
-            self._engine = (_CoreEngine if in_core else _ArrayEngine)(self.network, self._anchor, tensors)
+            self._engine = self._make_engine(self._anchor)
             group_of = {p: i for i, g in enumerate(self.param_groups) for p in g["params"]}
-            self._group_of = [group_of[p] for p in tensors.values()]
+            self._group_of = [group_of[p] for p in self._engine.tensors.values()]
         return self._engine
 
     # steps
@@ -337,26 +348,34 @@ class GSGD(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         engine = self._current_engine()
+        gradients = [p.grad for p in engine.tensors.values()]
+        if all(g is None for g in gradients):
+            return loss
+        for name, g in zip(engine.tensors, gradients, strict=True):
+            if g is not None and g.is_sparse:
+                raise TypeError(f"gradient of {name!r}: expected a dense tensor, got a sparse one")
         groups = [(float(g["lr"]), g["momentum"], g["weight_decay"], g["nesterov"]) for g in self.param_groups]
         maximize = [g["maximize"] for g in self.param_groups]
+        if any(maximize):
+            pairs = zip(gradients, self._group_of, strict=True)
+            gradients = [-g if g is not None and maximize[i] else g for g, i in pairs]
         buffers = [
             self._buffer(p) if groups[i][1] else None
             for p, i in zip(engine.tensors.values(), self._group_of, strict=True)
         ]
-        if any(p.grad is not None for p in engine.tensors.values()):
-            engine.step(
-                buffers,
-                [groups[i] for i in self._group_of],
-                [maximize[i] for i in self._group_of],
-                self._max_ratio,
-                usable_threads(self._threads or torch.get_num_threads()),
-                self._stats,
-            )
+        engine.step(
+            gradients,
+            buffers,
+            [groups[i] for i in self._group_of],
+            self._max_ratio,
+            usable_threads(self._threads or torch.get_num_threads()),
+            self._stats,
+        )
         return loss
 
     def _buffer(self, p: Tensor) -> Tensor:
         state = self.state[p]
-        if "momentum_buffer" not in state:
+        if state.get("momentum_buffer") is None:
             state["momentum_buffer"] = torch.zeros_like(p)
         buffer: Tensor = state["momentum_buffer"]
         return buffer
@@ -375,12 +394,16 @@ class GSGD(torch.optim.Optimizer):
         given = state_dict.get("gsgd")
         anchor = self._anchor
         if given is not None:
-            anchor = _Anchor(*(np.array(given[name]) for name in _ANCHOR))
+            anchor = _Anchor(*(given[name].numpy(force=True).copy() for name in _ANCHOR))
             for name in _ANCHOR:
                 expected, got = getattr(self._anchor, name).shape, getattr(anchor, name).shape
                 if expected != got:
                     raise ValueError(f"state_dict: {name!r} of shape {got}, expected {expected}: of another network")
+        self._make_engine(anchor)  # refuses what are no trees
+        names = [g["param_names"] for g in self.param_groups]
         super().load_state_dict({k: v for k, v in state_dict.items() if k != "gsgd"})
+        for group, own in zip(self.param_groups, names, strict=True):
+            group["param_names"] = own  # those in the state may be of a wrapped model
         self._anchor, self._engine = anchor, None
         if given is not None:
             self._stats = Stats(given["steps"], given["clamped"])
@@ -391,4 +414,7 @@ class GSGD(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        for group in self.param_groups:
+            for name, value in self.defaults.items():
+                group.setdefault(name, value)
         self._engine = None

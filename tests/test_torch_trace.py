@@ -1,0 +1,505 @@
+"""From a PyTorch model to its network, and the check that the network tells the truth."""
+
+from __future__ import annotations
+
+import copy
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import models
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from gsgd import Network
+from gsgd.torch import SymmetryError, trace, verify
+
+
+def images(size: int, channels: int = 3) -> Tensor:
+    return torch.randn(2, channels, size, size)
+
+
+def vectors(width: int) -> Tensor:
+    return torch.randn(4, width)
+
+
+# model, inputs, units (H), units with residual="pin"
+MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor], int, int]] = {
+    "mlp": (lambda: models.mlp((7, 5, 9, 3, 4)), lambda: vectors(7), 17, 17),
+    "mlp without bias": (lambda: models.mlp((7, 5, 9, 3, 4), bias=False), lambda: vectors(7), 17, 17),
+    "lenet": (models.LeNet, lambda: images(28, 1), 6 + 16 + 120 + 84, 226),
+    "vgg16": (lambda: models.Vgg16(4), lambda: images(32), 4 * 66 + 32 + 32, 328),
+    "vgg16 with batch norm": (lambda: models.Vgg16(4, True), lambda: images(32), 4 * 66 + 32 + 32, 328),
+    # a plain net has no sums: every map after the stem and the 32 convolutions is a unit
+    "plain34": (lambda: models.plain34(4), lambda: images(16), 4 * (1 + 6 * 1 + 8 * 2 + 12 * 4 + 6 * 8), 476),
+    "resnet34": (lambda: models.resnet34(4), lambda: images(16), 4 * (3 + 8 + 24 + 24) + 4 * 15, 236),
+    # a shortcut of zeros ties each stage's stream to the middle channels of the next: one stream of 16
+    "resnet110": (lambda: models.resnet110(4), lambda: images(8), 18 * 28 + 16, 18 * 28),
+    "resnet18": (models.resnet18, lambda: images(33), 1920 + 960, 1920),
+    "resnet50": (lambda: models.resnet50(8), lambda: images(33), 944 + 8 + 32 + 64 + 128 + 256, 944 + 8),
+    "densenet": (models.DenseNet, lambda: images(8), 332, 332),
+    "googlenet": (models.GoogLeNet, lambda: images(16), 8 + (20 + 8) + (20 + 6), 62),
+    "squeezenet": (models.SqueezeNet, lambda: images(32), 16 + 20 + 20 + 30, 86),
+    "mobilenet": (models.MobileNetV2, lambda: images(16), 12, 0),  # all but one stream meets a ReLU6
+    "mobilenet with relu": (lambda: models.MobileNetV2(nn.ReLU), lambda: images(16), 196, 176),
+    "shufflenet": (models.ShuffleNet, lambda: images(8), 12 + 16 + 2 * 24, 76),
+    "u-net": (models.UNet, lambda: images(16, 1), 94, 94),
+    "u-net with interpolation": (lambda: models.UNet(True), lambda: images(16, 1), 76, 76),
+    "encoder": (models.Encoder, lambda: torch.randint(11, (2, 5)), 16, 16),  # the ReLU FFN
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_model_is_described_and_verified(name: str) -> None:
+    torch.manual_seed(0)
+    build, inputs, units, inside = MODELS[name]
+    model, x = build(), inputs()
+    before = copy.deepcopy(model.state_dict())
+    state = torch.random.get_rng_state()
+    net = trace(model, x)
+    assert net.num_units == units
+    parameters = {n: tuple(p.shape) for n, p in model.named_parameters()}
+    assert net.shapes.items() <= parameters.items()
+    if name != "encoder":  # its embedding and its LayerNorms are left out, and tokens are no guess
+        assert net.shapes == parameters
+        without = trace(model)
+        assert (without.units, without.shapes) == (net.units, net.shapes)
+    verify(model, net, x)
+    pinned = trace(model, x, residual="pin")
+    assert pinned.num_units == inside
+    verify(model, pinned, x)
+    assert model.training
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
+
+
+def test_reasons_are_shown() -> None:
+    table = str(trace(models.MobileNetV2(), images(16)))
+    assert "24 pinned (relu6 in features.8)" in table or "24 pinned (hardtanh in features.8)" in table
+    table = str(trace(models.Encoder(), torch.randint(11, (2, 5))))
+    for reason in ("layer_norm in norm2", "gelu in gelu_ffn.1", "matmul in the model", "16 units"):
+        assert reason in table
+
+
+@pytest.mark.parametrize("mode", ["paper", "released"])
+def test_approximations_of_batch_norm(mode: Any) -> None:
+    model = models.resnet34(4)
+    net = trace(model, batch_norm=mode)
+    assert net.num_units == trace(model).num_units
+    assert not any("bn" in name for name in net.shapes)
+    with pytest.raises(ValueError, match="exact"):
+        verify(model, net, images(16))
+    dense = trace(models.DenseNet(), batch_norm=mode)  # some of its batch norms follow a concatenation
+    assert dense.num_units > 0
+
+
+class Between(nn.Module):
+    """`op` between two layers of 8 units and a 1x1 head; it may use `self.c`, a convolution 8 -> 8, and tensors."""
+
+    def __init__(self, op: Callable[[Between, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 4, 1), nn.Conv2d(8, 8, 1)
+        self.op = op
+        self.offset = nn.Parameter(torch.randn(8, 1, 1))
+        self.register_buffer("order", torch.randperm(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.op(self, torch.relu(self.a(x)))).mean((2, 3))
+
+
+class Hidden(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        return -g
+
+
+def written_by_parts(model: Between, x: Tensor) -> Tensor:
+    out = torch.zeros_like(x)
+    part = out[:, :4]
+    part += x[:, :4]
+    return out
+
+
+def product_in_place(model: Between, x: Tensor) -> Tensor:
+    out = torch.ones_like(x)
+    part = out[:, :4]
+    out *= x
+    return torch.cat([part, out[:, :4]], 1)
+
+
+def without_gradients(model: Between, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        return x * 2
+
+
+def stochastic_depth(m: Between, x: Tensor) -> Tensor:
+    return x + m.c(x) * x.new_empty(len(x), 1, 1, 1).bernoulli_(0.5)
+
+
+# what is kept: the operation, and the units (of 8, and 8 more of `self.c`) that remain
+UNDERSTOOD: dict[str, tuple[Callable[[Between, Tensor], Tensor], int]] = {
+    "permute": (lambda m, x: x.permute(0, 2, 3, 1).reshape(-1, 8).view(2, 6, 6, 8).movedim(-1, 1), 8),
+    "index": (lambda m, x: x[:, m.order], 8),
+    "chunk": (lambda m, x: torch.cat(x.chunk(2, 1)[::-1], 1), 8),
+    "split": (lambda m, x: torch.cat(x.split([3, 5], 1)[::-1], 1), 8),
+    "unbind": (lambda m, x: torch.stack(x.unbind(1)[::-1], 1), 8),
+    "channel shuffle": (lambda m, x: F.channel_shuffle(x, 4), 8),
+    "pixel shuffle": (lambda m, x: F.pixel_shuffle(x, 2).repeat(1, 4, 1, 1), 2),
+    "concatenate positions": (lambda m, x: torch.cat([x, m.c(x)], 3), 8),
+    "mixed up": (lambda m, x: x.reshape(2, 6, 6, 8).permute(0, 3, 1, 2), 1),
+    "mean over channels": (lambda m, x: x.mean(1, keepdim=True).expand(-1, 8, -1, -1), 1),
+    "max unpool": (lambda m, x: F.max_unpool2d(*F.max_pool2d(x, 2, return_indices=True), 2), 8),
+    "lp pool": (lambda m, x: F.lp_pool2d(x, 2, 2), 8),
+    "interpolate": (lambda m, x: F.interpolate(x, scale_factor=2, mode="bicubic"), 8),
+    "reflect": (lambda m, x: F.pad(x, (1, 1, 1, 1), mode="reflect"), 8),
+    "zeros": (lambda m, x: F.pad(x, (1, -1, 2, 0)), 8),
+    "zeros for channels": (lambda m, x: m.c(x) + F.pad(x[:, :4], (0, 0, 0, 0, 2, 2)), 8 + 8 - 4),
+    "constant factor": (lambda m, x: -2 * x / 3, 8),
+    "learned factor": (lambda m, x: x * m.offset, 8),
+    "gate": (lambda m, x: x * torch.sigmoid(m.c(F.adaptive_avg_pool2d(x, 1))), 8),
+    "difference": (lambda m, x: torch.sub(x, m.c(x), alpha=2), 8),
+    "maximum": (lambda m, x: torch.maximum(x, m.c(x)), 8),
+    "clamp": (lambda m, x: (-x).clamp(min=0), 8),
+    "largest": (lambda m, x: x.max(2, keepdim=True)[0] + x.amin((2, 3), keepdim=True), 8),
+    "leaky": (lambda m, x: F.leaky_relu(F.prelu(-x, m.offset.flatten()), -0.2), 8),
+    "dropout": (lambda m, x: F.dropout2d(x, 0.3, m.training), 8),
+    "stochastic depth": (stochastic_depth, 8),
+    "functional weight": (lambda m, x: F.conv2d(x, m.c.weight), 16),
+    "computed bias": (lambda m, x: F.conv2d(x, m.c.weight, 2 * m.c.bias), 8),
+    "unused": (lambda m, x: (m.c(x), x)[1], 8),
+    "python's sum": (lambda m, x: sum([x, m.c(x)]), 8),
+    "relu6": (lambda m, x: F.relu6(x), 0),
+    "hardtanh": (lambda m, x: F.hardtanh(x), 0),
+    "clamp above": (lambda m, x: x.clamp(0, 1), 0),
+    "offset": (lambda m, x: x + m.offset, 0),
+    "constant": (lambda m, x: x + 1, 0),
+    "padding by ones": (lambda m, x: F.pad(x, (1, 1), value=1.0), 0),
+    "square": (lambda m, x: x * x, 0),
+    "quotient": (lambda m, x: x / m.c(x), 0),
+    "rounded": (lambda m, x: torch.div(x, 0.3, rounding_mode="floor"), 0),
+    "integers": (lambda m, x: x.to(torch.int64).to(x.dtype), 0),
+    "mask": (lambda m, x: x * (x > 0.5), 0),
+    "detach": (lambda m, x: x.detach(), 0),
+    "detached branch": (lambda m, x: x + m.c(x).detach(), 0),
+    "no_grad": (without_gradients, 0),
+    "autograd.Function": (lambda m, x: Hidden.apply(x), 0),
+    "called twice": (lambda m, x: m.c(m.c(x)), 0),
+    "weight read elsewhere": (lambda m, x: m.c(x) * m.c.weight.norm(), 0),
+    "computed weight": (lambda m, x: F.conv2d(x, 2 * m.c.weight, m.c.bias), 0),
+    "bias from features": (lambda m, x: F.conv2d(x, m.c.weight, x.mean((0, 2, 3))), 0),
+    "slope from features": (lambda m, x: F.prelu(-x, x.mean((0, 2, 3))), 0),
+    "written by parts": (written_by_parts, 0),
+    "product in place": (product_in_place, 0),
+}
+
+
+@pytest.mark.parametrize("name", UNDERSTOOD)
+def test_operation(name: str) -> None:
+    op, units = UNDERSTOOD[name]
+    torch.manual_seed(1)
+    model, x = Between(op), images(6)
+    net = trace(model, x)
+    assert net.num_units == units
+    verify(model, net, x)
+
+
+UNARY: list[Callable[[Tensor], Tensor]] = [
+    torch.relu,
+    torch.abs,
+    torch.neg,
+    lambda x: 3 * x,
+    lambda x: x.flip(1),
+    lambda x: x.transpose(2, 3),
+    lambda x: F.max_pool2d(x, 3, 1, 1),
+    lambda x: torch.roll(x, 1, 1),
+    lambda x: models.shuffle(x, 2),
+    lambda x: x.mean((2, 3), keepdim=True) + 0 * x,
+    lambda x: F.pad(x[:, :2], (0, 0, 0, 0, 1, 1)),
+    lambda x: x[:, [3, 1, 0, 0]],
+    lambda x: x.reshape(2, 2, 2, 3, 3).sum(1).repeat(1, 2, 1, 1),
+    torch.sigmoid,
+    lambda x: x.softmax(1),
+    lambda x: x + 0.5,
+    lambda x: x.clone().mul_(0.5),
+]
+BINARY: list[Callable[[Tensor, Tensor], Tensor]] = [
+    torch.add,
+    torch.sub,
+    torch.mul,
+    torch.maximum,
+    lambda x, y: torch.cat([x[:, 2:], y[:, :2]], 1),
+    lambda x, y: torch.cat([x, y], 3)[..., 1:4],
+    lambda x, y: x.clone().add_(y),
+    lambda x, y: x * torch.sigmoid(y),
+]
+
+
+class Random(nn.Module):
+    """A program: each line makes a value of 4 channels out of those before it."""
+
+    def __init__(self, lines: list[tuple[int, int, int]]) -> None:
+        super().__init__()
+        self.lines = lines
+        kernels, groups = (1, 3), (1, 2, 4)
+        convs = [nn.Conv2d(4, 4, k := kernels[i % 2], padding=k // 2, groups=groups[i % 3]) for i in range(len(lines))]
+        self.convs = nn.ModuleList(convs)
+        self.norms = nn.ModuleList(nn.BatchNorm2d(4) for _ in lines)
+        self.head = nn.Linear(36, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        values = [x]
+        for i, (kind, one, two) in enumerate(self.lines):
+            a, b = values[-1 - one % len(values)], values[-1 - two % len(values)]
+            kind %= len(UNARY) + len(BINARY) + 25
+            if kind < len(UNARY):
+                values.append(UNARY[kind](a))
+            elif kind < len(UNARY) + len(BINARY):
+                values.append(BINARY[kind - len(UNARY)](a, b))
+            elif kind % 3:
+                values.append(torch.relu(self.convs[i](a)))
+            else:
+                values.append(self.norms[i](self.convs[i](a)))
+        return self.head(values[-1].flatten(1))
+
+
+@given(st.lists(st.tuples(*[st.integers(0, 1000)] * 3), min_size=3, max_size=10), st.sampled_from(["tie", "pin"]))
+def test_random_programs_are_never_misdescribed(lines: list[tuple[int, int, int]], residual: Any) -> None:
+    torch.manual_seed(2)
+    model, x = Random(lines), torch.randn(2, 4, 3, 3)
+    verify(model, trace(model, x, residual=residual), x)
+
+
+class Call(nn.Module):
+    """`forward` is a function of the module and its inputs."""
+
+    def __init__(self, function: Callable[..., Any], **modules: nn.Module) -> None:
+        super().__init__()
+        self.function = function
+        for name, module in modules.items():
+            self.add_module(name, module)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.function(self, *args, **kwargs)
+
+
+def chain(*layers: nn.Module) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(5, 6), nn.ReLU(), *layers, nn.Linear(6, 2))
+
+
+def shared_memory() -> nn.Module:
+    model = chain(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6), nn.ReLU())
+    model[4].weight.data = model[2].weight.data
+    return model
+
+
+def tied() -> nn.Module:
+    layer = nn.Linear(6, 6)
+    return chain(layer, nn.ReLU(), layer, nn.ReLU())
+
+
+def keeps(m: Any, x: Tensor) -> Tensor:
+    m.kept = torch.relu(m.i(x))
+    return m.o(m.kept)
+
+
+@pytest.mark.parametrize(
+    ("build", "inputs", "units"),
+    [
+        (lambda: chain(nn.BatchNorm1d(6)), vectors(5), 6),
+        (lambda: chain(nn.BatchNorm1d(6, affine=False)), vectors(5), 0),
+        (lambda: chain(nn.BatchNorm1d(6, track_running_stats=False), nn.ReLU()), vectors(5), 6),
+        (lambda: chain(nn.Linear(6, 6).requires_grad_(False), nn.ReLU()), vectors(5), 12),
+        (lambda: chain().bfloat16(), vectors(5).bfloat16(), 6),
+        (lambda: chain(nn.utils.parametrizations.weight_norm(nn.Linear(6, 6)), nn.ReLU()), vectors(5), 0),
+        (lambda: chain(nn.utils.parametrizations.spectral_norm(nn.Linear(6, 6)), nn.ReLU()), vectors(5), 0),
+        (shared_memory, vectors(5), 0),
+        (tied, vectors(5), 0),
+        (lambda: nn.SyncBatchNorm.convert_sync_batchnorm(chain(nn.BatchNorm1d(6))), vectors(5), 6),
+        (lambda: nn.DataParallel(chain()), vectors(5), 6),
+        (lambda: torch.compile(chain()), vectors(5), 6),
+        (
+            lambda: nn.Sequential(
+                nn.Conv1d(3, 6, 3, dilation=2), nn.ReLU(), nn.Conv1d(6, 6, 3, groups=6), nn.ReLU(),
+                nn.AdaptiveAvgPool1d(2), nn.Flatten(), nn.Linear(12, 2),
+            ),
+            torch.randn(2, 3, 20),
+            12,
+        ),
+        (
+            lambda: nn.Sequential(
+                nn.Conv3d(3, 4, 3, stride=2), nn.ReLU(), nn.ConvTranspose3d(4, 6, 2, groups=2), nn.ReLU(),
+                nn.MaxPool3d(2), nn.Flatten(), nn.Linear(48, 2),
+            ),
+            torch.randn(2, 3, 9, 9, 9),
+            10,
+        ),
+        (
+            lambda: nn.Sequential(
+                nn.ConvTranspose2d(3, 6, 3, 2), nn.PReLU(6), nn.ConvTranspose2d(6, 4, 3, groups=2, dilation=2),
+                nn.ReLU(), nn.ZeroPad2d(1), nn.Conv2d(4, 2, 3, padding=1, padding_mode="circular"),
+            ),
+            images(5),
+            10,
+        ),
+        (lambda: nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), torch.randn(2, 3, 8), 16),
+        (
+            lambda: Call(lambda m, x: m.o(m.r(torch.relu(m.i(x)))[0]),
+                         i=nn.Linear(5, 6), r=nn.LSTM(6, 6), o=nn.Linear(6, 2)),
+            torch.randn(3, 2, 5),
+            0,
+        ),
+        (
+            lambda: Call(lambda m, *, x, y: {"z": [m.o(torch.relu(m.i(x) + m.j(y))), 3, None]},
+                         i=nn.Linear(5, 6), j=nn.Linear(4, 6), o=nn.Linear(6, 2)),
+            {"x": vectors(5), "y": vectors(4)},
+            6,
+        ),
+        (
+            lambda: Call(lambda m, x: (h := torch.relu(m.i(x)), m.o(h)), i=nn.Linear(5, 6), o=nn.Linear(6, 2)),
+            vectors(5),
+            0,
+        ),
+        (lambda: Call(keeps, i=nn.Linear(5, 6), o=nn.Linear(6, 2)), vectors(5), 0),
+        (
+            lambda: Call(lambda m, x: m.o(torch.cat([m.i(x).relu().flatten(1), m.j(x)[..., ::2, ::2].flatten(1)], 1)),
+                         i=nn.Conv2d(3, 4, 1), j=nn.Conv2d(3, 5, 1), o=nn.Linear(4 * 64 + 5 * 16, 2)),
+            images(8),
+            9,
+        ),
+    ],
+)  # fmt: skip
+def test_module(build: Callable[[], nn.Module], inputs: Any, units: int) -> None:
+    torch.manual_seed(0)
+    model = build()
+    net = trace(model, inputs)
+    assert net.num_units == units
+    verify(model, net, inputs)
+
+
+def test_flattened_maps_are_taps_in_both_orders() -> None:
+    for dims, order in (((0, 1, 2, 3), "channels_first"), ((0, 2, 3, 1), "channels_last")):
+        model = Call(lambda m, x, dims=dims: m.o(torch.relu(m.i(x)).permute(dims).flatten(1)),
+                     i=nn.Conv2d(3, 4, 1), o=nn.Linear(36, 2))  # fmt: skip
+        net = Network()
+        h = net.conv("i.weight", net.input(3), 4, (1, 1), bias="i.bias")
+        net.output(net.dense("o.weight", net.flatten(h, 9, order), 2, bias="o.bias"))  # type: ignore[arg-type]
+        assert [b.dims for b in trace(model, images(3)).blocks] == [b.dims for b in net.blocks]
+
+
+@torch.jit.script
+def scripted(x: Tensor) -> Tensor:
+    return x.sigmoid() + 1
+
+
+@pytest.mark.parametrize(
+    ("model", "inputs", "message"),
+    [
+        (Between(lambda m, x: x if x.sum() > 0 else -x), images(6), "bool in the model"),
+        (Between(lambda m, x: x * x.max().item()), images(6), "item in the model"),
+        (Between(lambda m, x: x * scripted(x)), images(6), "out of sight"),
+        (Between(lambda m, x: torch.vmap(torch.sigmoid)(x)), images(6), "out of sight"),
+        (nn.Sequential(torch.jit.script(nn.Linear(5, 5))), vectors(5), "'0' is compiled by TorchScript"),
+        (nn.Sequential(nn.LazyLinear(5)), vectors(5), "LazyLinear is lazy"),
+        (chain(), vectors(4), "linear in 0"),
+        (Call(lambda m, x, y: m.i(x) + y, i=nn.Linear(5, 5)), None, "pass example_inputs"),
+        (models.Encoder(), None, "pass example_inputs"),
+        (Call(lambda m, x: {m.i(x)}, i=nn.Linear(5, 5)), vectors(5), "returns a set"),
+    ],
+)
+def test_what_cannot_be_followed(model: nn.Module, inputs: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        trace(model, inputs)
+
+
+def by_hand(read: int, hidden: int, *layers: str, skip: bool = False) -> Network:
+    """Linear layers with ReLUs between them, all units free: what a careless person would write."""
+    net = Network()
+    x = net.input(read)
+    for i, name in enumerate(layers):
+        y = net.dense(f"{name}.weight", x, 2 if i + 1 == len(layers) else hidden, bias=f"{name}.bias")
+        x = net.add(x, y) if skip and 0 < i < len(layers) - 1 else y
+    net.output(x)
+    return net
+
+
+def residual_mlp(m: Any, x: Tensor) -> Tensor:
+    h = torch.relu(m.i(x))
+    return m.o(h + torch.relu(m.j(h)))
+
+
+def test_wrong_networks_are_caught() -> None:
+    torch.manual_seed(0)
+    three = {"i": nn.Linear(5, 6), "j": nn.Linear(6, 6), "o": nn.Linear(6, 2)}
+
+    missed_skip = by_hand(5, 6, "i", "j", "o")
+    with pytest.raises(SymmetryError, match=r"written by '(i|j).weight' and read by '(j|o).weight'"):
+        verify(Call(residual_mlp, **three), missed_skip, vectors(5))
+    verify(Call(residual_mlp, **three), by_hand(5, 6, "i", "j", "o", skip=True), vectors(5))
+
+    untied = Network()
+    h = untied.dense("i.weight", untied.input(5), 6, bias="i.bias")
+    untied.pin(untied.dense("j.weight", h, 6, bias="j.bias"), "left out of the sum")
+    untied.output(untied.dense("o.weight", h, 2, bias="o.bias"))
+    with pytest.raises(SymmetryError, match=r"'i.weight'"):
+        verify(Call(residual_mlp, **three), untied, vectors(5))
+
+    square = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 2))
+    right, wrong = Network(), Network()
+    for net, layout in ((right, "oi"), (wrong, "io")):
+        h = net.dense("0.weight", net.input(6), 6, bias="0.bias")
+        h = net.dense("2.weight", h, 6, bias="2.bias", layout=layout)
+        net.output(net.dense("4.weight", h, 2, bias="4.bias"))
+    verify(square, right, vectors(6))
+    with pytest.raises(SymmetryError, match=r"'(0|2).weight'"):
+        verify(square, wrong, vectors(6))
+
+    saturating = nn.Sequential(nn.Linear(5, 6), nn.ReLU6(), nn.Linear(6, 2))
+    with pytest.raises(SymmetryError, match=r"written by '0.weight' and read by '2.weight'"):
+        verify(saturating, by_hand(5, 6, "0", "2"), 20 * vectors(5))
+    nn.init.zeros_(saturating[2].weight)  # now nothing reaches the outputs
+    with pytest.raises(SymmetryError):
+        verify(saturating, by_hand(5, 6, "0", "2"), 20 * vectors(5))
+
+    maps = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Flatten(), nn.Linear(36, 2))
+    net = Network()
+    h = net.conv("0.weight", net.input(3), 4, (1, 1), bias="0.bias")
+    net.output(net.dense("3.weight", net.flatten(h, 9, "channels_last"), 2, bias="3.bias"))
+    with pytest.raises(SymmetryError, match=r"'0.weight'"):
+        verify(maps, net, images(3))
+
+    reused = Call(lambda m, x: m.o(torch.relu(m.j(torch.relu(m.j(torch.relu(m.i(x))))))), **three)
+    with pytest.raises(SymmetryError, match=r"'j.weight'"):
+        verify(reused, missed_skip, vectors(5))
+
+    only_the_gradient = Call(lambda m, x: m.o(torch.relu(m.j(torch.relu(m.i(x)).detach()))), **three)
+    with pytest.raises(SymmetryError, match=r"gradients .* 'i.weight'"):
+        verify(only_the_gradient, missed_skip, vectors(5))
+
+    in_training = Call(lambda m, x: m.o(torch.sigmoid(m.i(x)) if m.training else torch.relu(m.i(x))), **three)
+    with pytest.raises(SymmetryError, match=r"in training"):
+        verify(in_training, by_hand(5, 6, "i", "o"), vectors(5))
+
+
+def test_verify_names_what_the_model_lacks() -> None:
+    model = chain()
+    with pytest.raises(ValueError, match=r"fc.weight: .* no such parameter"):
+        verify(model, by_hand(5, 6, "0", "fc"), vectors(5))
+    with pytest.raises(ValueError, match=r"0.weight: .*\(7, 5\).*\(6, 5\)"):
+        verify(model, by_hand(5, 7, "0", "2"), vectors(5))
+    with pytest.raises(ValueError, match="not finite"):
+        verify(model, by_hand(5, 6, "0", "2"), np.nan * vectors(5))
+
+
+def test_gsgd_does_not_import_torch() -> None:
+    code = "import sys, gsgd; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
