@@ -256,7 +256,7 @@ def balanced_scale(structure: Structure, w: Array) -> Array:
             break
         step = np.linalg.solve(4 * incidence.T @ (e[:, None] * incidence), gradient)
         size = 1.0
-        while energy(t - size * step).sum() > e.sum() and size > 1e-9:
+        while energy(t - size * step).sum() > e.sum() * (1 + 1e-12):  # near the minimum all differences are rounding
             size /= 2
         t = t - size * step
     c = np.ones(n)

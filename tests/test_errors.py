@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pytest
@@ -136,15 +136,15 @@ def test_bad_gradients(backend: str, case: str, momentum: float) -> None:
     assert opt.stats.steps == 1
 
 
-@pytest.mark.parametrize("layout", ["C", "F"])
-def test_a_gradient_that_is_not_finite_anywhere(backend: str, layout: Literal["C", "F"]) -> None:
+@pytest.mark.parametrize("lay_out", [np.copy, lambda g: g.copy("F"), lambda g: np.repeat(g, 2, axis=-1)[..., ::2]])
+def test_a_gradient_that_is_not_finite_anywhere(backend: str, lay_out: Callable[[Array], Array]) -> None:
     params = MODEL.copy()
     opt = gsgd.GSGD(params, NET, lr=0.1, backend=backend)
     good = MODEL.gradients(params)
     for name, g in good.items():
         for at in np.ndindex(g.shape):
             for value in (np.nan, np.inf, -np.inf):
-                bad = {**good, name: np.array(g, order=layout)}
+                bad = {**good, name: lay_out(g)}
                 bad[name][at] = value
                 with refused(params, FloatingPointError, name):
                     opt.step(bad)
