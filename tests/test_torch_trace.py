@@ -502,4 +502,4 @@ def test_verify_names_what_the_model_lacks() -> None:
 
 def test_gsgd_does_not_import_torch() -> None:
     code = "import sys, gsgd; sys.exit('torch' in sys.modules)"
-    subprocess.run([sys.executable, "-c", code], check=True)
+    subprocess.run([sys.executable, "-P", "-c", code], check=True)  # -P: the installed package
