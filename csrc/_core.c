@@ -7,7 +7,7 @@
 
 #include "gsgd.h"
 
-enum { MAX_NDIM = 8, MAX_ROLES = 4 };
+enum { MAX_NDIM = 8, MAX_ROLES = 5, NUM_RATES = 10 };
 
 /* What the plan expects of an array. */
 typedef struct {
@@ -280,8 +280,10 @@ static PyObject *Plan_choose_trees(PyObject *object, PyObject *args) {
     if (in != NULL && out != NULL && enter(self)) {
         gsgd_rule rule = largest ? GSGD_LARGEST : GSGD_MODULO;
         gsgd_edge *to_in = PyArray_DATA((PyArrayObject *)in), *to_out = PyArray_DATA((PyArrayObject *)out);
-        Py_BEGIN_ALLOW_THREADS gsgd_choose_trees(self->plan, w, rule, c, to_in, to_out);
-        Py_END_ALLOW_THREADS self->busy = 0;
+        Py_BEGIN_ALLOW_THREADS
+        gsgd_choose_trees(self->plan, w, rule, c, to_in, to_out);
+        Py_END_ALLOW_THREADS
+        self->busy = 0;
         result = Py_BuildValue("OO", in, out);
     }
     Py_XDECREF(in);
@@ -327,28 +329,30 @@ static PyObject *Plan_set_reference(PyObject *object, PyObject *args) {
     Py_RETURN_NONE;
 }
 
-/* Hyperparameters from a contiguous float64 array of rows (lr, momentum, weight_decay, nesterov). */
+/* Hyperparameters from a contiguous float64 array with a row per array: the fields of gsgd_rates, in their
+ * order. */
 static const gsgd_rates *take_rates(Plan *self, PyObject *x) {
     PyArrayObject *a = (PyArrayObject *)x;
     if (!PyArray_Check(x) || PyArray_TYPE(a) != NPY_FLOAT64 || !PyArray_IS_C_CONTIGUOUS(a) ||
-        PyArray_NDIM(a) != 2 || PyArray_DIM(a, 0) != self->arrays || PyArray_DIM(a, 1) != 4) {
-        PyErr_Format(PyExc_ValueError, "rates: expected a contiguous float64 array of shape (%zd, 4)",
-                     (Py_ssize_t)self->arrays);
+        PyArray_NDIM(a) != 2 || PyArray_DIM(a, 0) != self->arrays || PyArray_DIM(a, 1) != NUM_RATES) {
+        PyErr_Format(PyExc_ValueError, "rates: expected a contiguous float64 array of shape (%zd, %d)",
+                     (Py_ssize_t)self->arrays, NUM_RATES);
         return NULL;
     }
-    const double *from = PyArray_DATA(a);
-    for (ptrdiff_t i = 0; i < self->arrays; ++i, from += 4)
-        self->rates[i] = (gsgd_rates){from[0], from[1], from[2], from[3] != 0};
+    const double *r = PyArray_DATA(a);
+    for (ptrdiff_t i = 0; i < self->arrays; ++i, r += NUM_RATES)
+        self->rates[i] =
+            (gsgd_rates){(gsgd_method)r[0], r[1], r[2], r[3], r[4], r[5], r[6], r[7], r[8] != 0, r[9] != 0};
     return self->rates;
 }
 
 static PyObject *Plan_step(PyObject *object, PyObject *args) {
     Plan *self = (Plan *)object;
-    PyObject *weights, *gradients, *sums, *momenta, *rates;
+    PyObject *weights, *gradients, *sums, *first, *second, *rates;
     gsgd_options o;
-    const gsgd_array *w, *g, *s, *m;
-    if (!PyArg_ParseTuple(args, "OOOOOdi", &weights, &gradients, &sums, &momenta, &rates, &o.max_ratio,
-                          &o.threads))
+    const gsgd_array *w, *g, *s, *m, *v;
+    if (!PyArg_ParseTuple(args, "OOOOOOdi", &weights, &gradients, &sums, &first, &second, &rates,
+                          &o.max_ratio, &o.threads))
         return NULL;
     if (!enter(self))
         return NULL;
@@ -358,11 +362,15 @@ static PyObject *Plan_step(PyObject *object, PyObject *args) {
     if ((w = take_arrays(self, weights, 0, "parameter", 0, 1)) == NULL ||
         (g = take_arrays(self, gradients, 1, "gradient", 0, 0)) == NULL ||
         (s = sums == Py_None ? g : take_arrays(self, sums, 2, "summed gradient", 0, 0)) == NULL ||
-        (m = take_arrays(self, momenta, 3, "momentum", 0, 1)) == NULL ||
+        (m = take_arrays(self, first, 3, "first moment", 0, 1)) == NULL ||
+        (v = take_arrays(self, second, 4, "second moment", 0, 1)) == NULL ||
         (o.rates = take_rates(self, rates)) == NULL)
         goto done;
-    Py_BEGIN_ALLOW_THREADS status = gsgd_step(self->plan, w, g, s, m, &o, &clamped, &unit);
-    Py_END_ALLOW_THREADS done : self->busy = 0;
+    Py_BEGIN_ALLOW_THREADS
+    status = gsgd_step(self->plan, w, g, s, m, v, &o, &clamped, &unit);
+    Py_END_ALLOW_THREADS
+done:
+    self->busy = 0;
     if (PyErr_Occurred())
         return NULL;
     return status == GSGD_OK ? PyLong_FromSsize_t(clamped) : raise_not_finite(unit);
@@ -377,7 +385,8 @@ static PyObject *Plan_path_values(PyObject *object, PyObject *args) {
     if ((w = take_arrays(self, weights, 0, "parameter", 0, 0)) != NULL &&
         (v = take_arrays(self, values, 1, "path value", 1, 1)) != NULL &&
         (logs == Py_None || (l = take_arrays(self, logs, 2, "logarithm", 1, 1)) != NULL)) {
-        Py_BEGIN_ALLOW_THREADS gsgd_path_values(self->plan, w, v, l);
+        Py_BEGIN_ALLOW_THREADS
+        gsgd_path_values(self->plan, w, v, l);
         Py_END_ALLOW_THREADS
     }
     self->busy = 0;
@@ -397,7 +406,8 @@ static PyObject *Plan_path_gradients(PyObject *object, PyObject *args) {
         (g = take_arrays(self, gradients, 1, "gradient", 0, 0)) != NULL &&
         (s = take_arrays(self, sums, 2, "summed gradient", 0, 0)) != NULL &&
         (d = take_arrays(self, out, 3, "path gradient", 1, 1)) != NULL) {
-        Py_BEGIN_ALLOW_THREADS finite = gsgd_path_gradients(self->plan, w, g, s, d);
+        Py_BEGIN_ALLOW_THREADS
+        finite = gsgd_path_gradients(self->plan, w, g, s, d);
         Py_END_ALLOW_THREADS
     }
     self->busy = 0;
@@ -417,7 +427,8 @@ static PyObject *Plan_allocate(PyObject *object, PyObject *args) {
     if ((w = take_arrays(self, weights, 0, "parameter", 0, 0)) != NULL &&
         (r = take_arrays(self, ratios, 1, "ratio", 1, 0)) != NULL &&
         (to = take_arrays(self, out, 2, "new weight", 0, 1)) != NULL) {
-        Py_BEGIN_ALLOW_THREADS gsgd_allocate(self->plan, w, r, to);
+        Py_BEGIN_ALLOW_THREADS
+        gsgd_allocate(self->plan, w, r, to);
         Py_END_ALLOW_THREADS
     }
     self->busy = 0;
@@ -433,7 +444,7 @@ static PyMethodDef Plan_methods[] = {
      "set_trees(in_edges, out_edges) -> whether each in-edge is free"},
     {"set_reference", Plan_set_reference, METH_VARARGS, "set_reference(in_weights, out_weights, c)"},
     {"step", Plan_step, METH_VARARGS,
-     "step(weights, gradients, sums, momenta, rates, max_ratio, threads) -> number clamped"},
+     "step(weights, gradients, sums, m, v, rates, max_ratio, threads) -> number clamped"},
     {"path_values", Plan_path_values, METH_VARARGS, "path_values(weights, values, logs)"},
     {"path_gradients", Plan_path_gradients, METH_VARARGS, "path_gradients(weights, gradients, sums, out)"},
     {"allocate", Plan_allocate, METH_VARARGS, "allocate(weights, ratios, out)"},

@@ -58,10 +58,18 @@ typedef struct {
 
 typedef enum { GSGD_MODULO, GSGD_LARGEST } gsgd_rule;
 
-/** The hyperparameters of one array. */
+typedef enum { GSGD_SGD, GSGD_ADAM, GSGD_RMSPROP } gsgd_method;
+
+/** The hyperparameters of one array. With d = dl / dx, moments m and v, each coordinate moves by lr e:
+ * GSGD_SGD: m <- momentum m + d, e = m, or d + momentum m with nesterov; without m, e = d.
+ * GSGD_ADAM: m <- momentum m + (1 - momentum) d, v <- second v + (1 - second) d^2, e = correct_m m /
+ * (sqrt(correct_v v) + eps). GSGD_RMSPROP: v <- second v + (1 - second) d^2, e = d / (sqrt(v) + eps), with m:
+ * m <- momentum m + e, e = m. Weight decay is of ordinary paths: d has weight_decay x added, or, decoupled, e
+ * has. */
 typedef struct {
-    double lr, momentum, weight_decay;
-    int nesterov;
+    gsgd_method method;
+    double lr, momentum, weight_decay, second, eps, correct_m, correct_v;
+    int nesterov, decoupled;
 } gsgd_rates;
 
 typedef struct {
@@ -98,14 +106,14 @@ gsgd_status gsgd_set_trees(gsgd_plan *plan, const gsgd_edge *in, const gsgd_edge
  * which path values are measured (all non-zero). Arrays of `units` entries. */
 void gsgd_set_reference(gsgd_plan *plan, const double *in, const double *out, const double *c);
 
-/** One step: gather, solve, apply. `weights` and `momenta` are updated in place; data NULL in `momenta`: no
- * momentum. `sums` are the gradients that the sums of the inverse chain rule read: `gradients` but for
- * approximations of batch normalization. Data NULL in `gradients` and `sums`: the array's own terms are left
- * out; its paths keep their values, and its momenta theirs. Writes the number of clamped ratios.
+/** One step: gather, solve, apply. `weights` and the moments `m` and `v` are updated in place; data NULL:
+ * there is no such moment. `sums` are the gradients that the sums of the inverse chain rule read: `gradients`
+ * but for approximations of batch normalization. Data NULL in `gradients` and `sums`: the array's own terms
+ * are left out; its paths keep their values, and its moments theirs. Writes the number of clamped ratios.
  * GSGD_NOT_FINITE leaves everything as it was, with *unit telling where, or -1 for a gradient. */
 gsgd_status gsgd_step(gsgd_plan *plan, const gsgd_array *weights, const gsgd_array *gradients,
-                      const gsgd_array *sums, const gsgd_array *momenta, const gsgd_options *options,
-                      ptrdiff_t *clamped, int64_t *unit);
+                      const gsgd_array *sums, const gsgd_array *m, const gsgd_array *v,
+                      const gsgd_options *options, ptrdiff_t *clamped, int64_t *unit);
 
 /** The value of the basis path that each weight owns, in(u) + e + out(v); NaN where the weight is free.
  * `values` are float64 arrays; `logs`, if not NULL, receive log |value| while `values` receive the sign. */

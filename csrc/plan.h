@@ -27,11 +27,11 @@ typedef struct {
     void *row_b, *row_inv_b; /* (groups, rows), of the block's type */
     /* (groups, cols * taps) of the block's type; ONES ones for all when the block does not gather */
     void *line_a, *line_inv_a, *line_inv_rho, *line;
-    view w, g, s, m; /* of the call at work: weights, gradients, those that are summed, momenta */
-    view seen_w, seen_g, seen_s, seen_m; /* of the call before */
-    int by_rows;                         /* whether a line over columns and taps is contiguous in all views */
-    ptrdiff_t *place, *unplace;          /* memory order of a line -> C order, and back */
-    int shuffled;                        /* they differ */
+    view w, g, s, m, v;         /* of the call at work: weights, gradients, those that are summed, moments */
+    view seen[5];               /* of the call before */
+    int by_rows;                /* whether a line over columns and taps is contiguous in all views */
+    ptrdiff_t *place, *unplace; /* memory order of a line -> C order, and back */
+    int shuffled;               /* they differ */
     ptrdiff_t gather_pieces, gather_chunk, apply_pieces, apply_chunk;
 } block;
 
@@ -39,7 +39,7 @@ typedef struct {
 typedef struct {
     ptrdiff_t block;
     ptrdiff_t index[GSGD_NDIM];
-    ptrdiff_t w, g, s, m; /* its offsets in the block's views */
+    ptrdiff_t w, g, s, m, v; /* its offsets in the block's views */
 } tree_edge;
 
 /* Per-unit arrays begin at [-1], which stands for a pinned end. */
@@ -53,14 +53,14 @@ struct gsgd_plan {
     uint8_t *active;     /* has edges */
     uint8_t *in_is_free; /* the in-edge is the source's out-edge */
     ptrdiff_t num_active;
-    int64_t *in_order, *out_order;            /* active units: sources first, destinations first */
-    double *in0, *out0, *c, *inv_c;           /* the reference scale */
-    double *a, *b, *inv_a, *inv_b, *inv_rho;  /* A, B, their inverses and 1 / rho of method section 4 */
-    double *sum;                              /* S, by chain root */
-    double *ratio;                            /* R */
-    double *new_in, *new_momentum, *kept_out; /* tree weights after the step */
-    double *memory;                           /* all of the above lies in here */
-    void *ones[2];                            /* ONES ones of each type */
+    int64_t *in_order, *out_order;             /* active units: sources first, destinations first */
+    double *in0, *out0, *c, *inv_c;            /* the reference scale */
+    double *a, *b, *inv_a, *inv_b, *inv_rho;   /* A, B, their inverses and 1 / rho of method section 4 */
+    double *sum;                               /* S, by chain root */
+    double *ratio;                             /* R */
+    double *new_in, *new_m, *new_v, *kept_out; /* tree weights and their moments after the step */
+    double *memory;                            /* all of the above lies in here */
+    void *ones[2];                             /* ONES ones of each type */
 };
 
 /* Index a block's unit ids and a view. */

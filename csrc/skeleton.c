@@ -77,7 +77,7 @@ gsgd_status gsgd_create(gsgd_plan **out, ptrdiff_t units, ptrdiff_t arrays, cons
     plan->in = calloc(2 * n, sizeof *plan->in);
     plan->in_unit = calloc(5 * n, sizeof *plan->in_unit);
     plan->active = calloc(2 * n, 1);
-    plan->memory = calloc(14 * n + 2 * ONES, sizeof *plan->memory);
+    plan->memory = calloc(15 * n + 2 * ONES, sizeof *plan->memory);
     if (!plan->block || !plan->in || !plan->in_unit || !plan->active || !plan->memory) {
         gsgd_destroy(plan);
         return GSGD_OK;
@@ -88,16 +88,15 @@ gsgd_status gsgd_create(gsgd_plan **out, ptrdiff_t units, ptrdiff_t arrays, cons
     plan->in_order = plan->in_unit + 3 * n;
     plan->out_order = plan->in_unit + 4 * n;
     plan->in_is_free = plan->active + n;
-    double **array[] = {
-        &plan->in0,          &plan->out0,    &plan->c,       &plan->inv_c, &plan->a,     &plan->b,
-        &plan->inv_a,        &plan->inv_b,   &plan->inv_rho, &plan->sum,   &plan->ratio, &plan->new_in,
-        &plan->new_momentum, &plan->kept_out};
+    double **array[] = {&plan->in0,   &plan->out0,   &plan->c,     &plan->inv_c,   &plan->a,
+                        &plan->b,     &plan->inv_a,  &plan->inv_b, &plan->inv_rho, &plan->sum,
+                        &plan->ratio, &plan->new_in, &plan->new_m, &plan->new_v,   &plan->kept_out};
     for (size_t i = 0; i < sizeof array / sizeof *array; ++i)
         *array[i] = plan->memory + i * n + 1;
     plan->a[-1] = plan->b[-1] = plan->c[-1] = plan->inv_c[-1] = plan->inv_a[-1] = plan->inv_b[-1] =
         plan->inv_rho[-1] = 1;
-    float *ones_f32 = plan->ones[GSGD_FLOAT32] = plan->memory + 14 * n;
-    double *ones_f64 = plan->ones[GSGD_FLOAT64] = plan->memory + 14 * n + ONES;
+    float *ones_f32 = plan->ones[GSGD_FLOAT32] = plan->memory + 15 * n;
+    double *ones_f64 = plan->ones[GSGD_FLOAT64] = plan->memory + 15 * n + ONES;
     for (int i = 0; i < ONES; ++i)
         ones_f32[i] = 1, ones_f64[i] = 1;
 
@@ -326,7 +325,7 @@ gsgd_status gsgd_set_trees(gsgd_plan *plan, const gsgd_edge *in, const gsgd_edge
         b->line_a = b->gathers ? b->line : plan->ones[b->type];
         b->line_inv_a = b->gathers ? (double *)b->line + line : plan->ones[b->type];
         b->line_inv_rho = b->gathers ? (double *)b->line + 2 * line : plan->ones[b->type];
-        b->seen_w.data = NULL;
+        b->seen[0].data = NULL;
     }
     for (int64_t u = 0; u < plan->units; ++u) {
         if (!plan->active[u])

@@ -39,6 +39,9 @@ static void column_index(const block *b, ptrdiff_t i, ptrdiff_t index[GSGD_NDIM]
     index[GSGD_GROUP] = i;
 }
 
+static inline float root_f32(float x) { return sqrtf(x); }
+static inline double root_f64(double x) { return sqrt(x); }
+
 #define REAL float
 #define N(name) name##_f32
 #include "step.inc"
@@ -62,8 +65,8 @@ static int same_line(const block *b, const view *v) {
 
 /* Whether rows lie side by side. */
 static int rows_adjoin(const block *b) {
-    const view *views[] = {&b->w, &b->g, &b->s, &b->m};
-    for (int i = 0; i < 4; ++i)
+    const view *views[] = {&b->w, &b->g, &b->s, &b->m, &b->v};
+    for (int i = 0; i < 5; ++i)
         if (views[i]->data != NULL && views[i]->stride[GSGD_ROW] != 1)
             return 0;
     return 1;
@@ -80,7 +83,7 @@ static void plan_walk(block *b) {
             order[i] = d;
         }
     ptrdiff_t expected = 1;
-    b->by_rows = same_line(b, &b->g) && same_line(b, &b->s) && same_line(b, &b->m);
+    b->by_rows = same_line(b, &b->g) && same_line(b, &b->s) && same_line(b, &b->m) && same_line(b, &b->v);
     for (int i = 0; i < n; ++i) {
         b->by_rows &= b->w.stride[order[i]] == expected;
         expected *= b->dim[order[i]].extent;
@@ -253,12 +256,13 @@ static int solve_chain(job *j, int64_t v) {
     const tree_edge *in = &plan->in[v];
     const block *b = &plan->block[in->block];
     const gsgd_rates *o = &j->options->rates[b->array];
-    double inv_x = plan->inv_a[v] * plan->inv_b[v], r = 1,
-           m = b->m.data == NULL ? 0 : load_at(b->type, &b->m, in->m);
+    const rates_f64 rates = rates_of_f64(o, b->m.data != NULL);
+    double inv_x = plan->inv_a[v] * plan->inv_b[v], r = 1;
+    double m1 = b->m.data == NULL ? 0 : load_at(b->type, &b->m, in->m);
+    double m2 = b->v.data == NULL ? 0 : load_at(b->type, &b->v, in->v);
     if (b->g.data != NULL) {
         double d = (gsgd_product(plan, in) - plan->sum[v]) * inv_x;
-        m = o->momentum * m + d;
-        r = 1 - o->lr * (b->m.data == NULL ? d : o->nesterov ? d + o->momentum * m : m) * inv_x;
+        r = 1 - o->lr * direction_f64(d, &m1, &m2, &rates, o->method, rates.moves) * inv_x;
     }
     if (!isfinite(r))
         return 0;
@@ -267,7 +271,8 @@ static int solve_chain(job *j, int64_t v) {
     plan->ratio[v] = r < low ? low : r > high ? high : r;
     plan->inv_rho[v] = 1 / plan->ratio[v];
     plan->new_in[v] = tree_weight(plan, in) * plan->ratio[v] * plan->inv_rho[plan->in_unit[v]];
-    plan->new_momentum[v] = m;
+    plan->new_m[v] = m1;
+    plan->new_v[v] = m2;
     return 1;
 }
 
@@ -297,21 +302,22 @@ static gsgd_status solve(job *j) {
     return GSGD_OK;
 }
 
-static void store_trees(job *j) {
-    gsgd_plan *plan = j->plan;
+/* Give a tree edge its weight and moments. */
+static void store_edge(const gsgd_plan *plan, const tree_edge *e, double w, double m, double v) {
+    const block *b = &plan->block[e->block];
+    store_at(b->type, &b->w, e->w, w);
+    if (b->m.data != NULL)
+        store_at(b->type, &b->m, e->m, m);
+    if (b->v.data != NULL)
+        store_at(b->type, &b->v, e->v, v);
+}
+
+static void store_trees(const gsgd_plan *plan) {
     for (ptrdiff_t n = 0; n < plan->num_active; ++n) {
         int64_t v = plan->in_order[n];
-        const tree_edge *in = &plan->in[v], *out = &plan->out[v];
-        const block *b = &plan->block[in->block];
-        if (!plan->in_is_free[v]) {
-            store_at(b->type, &b->w, in->w, plan->new_in[v]);
-            if (b->m.data != NULL)
-                store_at(b->type, &b->m, in->m, plan->new_momentum[v]);
-        }
-        b = &plan->block[out->block];
-        store_at(b->type, &b->w, out->w, plan->kept_out[v]);
-        if (b->m.data != NULL)
-            store_at(b->type, &b->m, out->m, 0);
+        if (!plan->in_is_free[v])
+            store_edge(plan, &plan->in[v], plan->new_in[v], plan->new_m[v], plan->new_v[v]);
+        store_edge(plan, &plan->out[v], plan->kept_out[v], 0, 0);
     }
 }
 
@@ -326,9 +332,16 @@ static void work(void *context, int leader) {
         apply(j);
 }
 
-static int same_strides(const view *v, const view *seen) {
-    return (v->data == NULL) == (seen->data == NULL) &&
-           (v->data == NULL || memcmp(v->stride, seen->stride, sizeof v->stride) == 0);
+/* Whether the block's views have the strides of the call before; remembers them. */
+static int same_strides(block *b) {
+    const view now[] = {b->w, b->g, b->s, b->m, b->v};
+    int same = 1;
+    for (int i = 0; i < 5; ++i) {
+        same &= (now[i].data == NULL) == (b->seen[i].data == NULL) &&
+                (now[i].data == NULL || memcmp(now[i].stride, b->seen[i].stride, sizeof now[i].stride) == 0);
+        b->seen[i] = now[i];
+    }
+    return same;
 }
 
 static void locate(const gsgd_plan *plan, tree_edge *e) {
@@ -337,31 +350,28 @@ static void locate(const gsgd_plan *plan, tree_edge *e) {
     e->g = offset_of(&b->g, e->index);
     e->s = offset_of(&b->s, e->index);
     e->m = offset_of(&b->m, e->index);
+    e->v = offset_of(&b->v, e->index);
 }
 
 /* See the caller's arrays, and plan the walk over them unless it is that of the call before. The number of
  * entries. */
 static ptrdiff_t plan_work(gsgd_plan *plan, const gsgd_array *weights, const gsgd_array *gradients,
-                           const gsgd_array *sums, const gsgd_array *momenta) {
+                           const gsgd_array *sums, const gsgd_array *m, const gsgd_array *v) {
     ptrdiff_t size = 0;
     int changed = 0;
     gsgd_bind(plan, weights, offsetof(block, w));
     gsgd_bind(plan, gradients, offsetof(block, g));
     gsgd_bind(plan, sums, offsetof(block, s));
-    gsgd_bind(plan, momenta, offsetof(block, m));
+    gsgd_bind(plan, m, offsetof(block, m));
+    gsgd_bind(plan, v, offsetof(block, v));
     for (ptrdiff_t k = 0; k < plan->blocks; ++k) {
         block *b = &plan->block[k];
         size += b->groups * b->rows * b->cols * b->taps;
-        if (same_strides(&b->w, &b->seen_w) && same_strides(&b->g, &b->seen_g) &&
-            same_strides(&b->s, &b->seen_s) && same_strides(&b->m, &b->seen_m))
-            continue;
-        changed = 1;
-        plan_walk(b);
-        plan_pieces(b);
-        b->seen_w = b->w;
-        b->seen_g = b->g;
-        b->seen_s = b->s;
-        b->seen_m = b->m;
+        if (!same_strides(b)) {
+            changed = 1;
+            plan_walk(b);
+            plan_pieces(b);
+        }
     }
     for (ptrdiff_t n = 0; changed && n < plan->num_active; ++n) {
         locate(plan, &plan->in[plan->in_order[n]]);
@@ -371,14 +381,14 @@ static ptrdiff_t plan_work(gsgd_plan *plan, const gsgd_array *weights, const gsg
 }
 
 gsgd_status gsgd_step(gsgd_plan *plan, const gsgd_array *weights, const gsgd_array *gradients,
-                      const gsgd_array *sums, const gsgd_array *momenta, const gsgd_options *options,
-                      ptrdiff_t *clamped, int64_t *unit) {
-    ptrdiff_t size = plan_work(plan, weights, gradients, sums, momenta);
+                      const gsgd_array *sums, const gsgd_array *m, const gsgd_array *v,
+                      const gsgd_options *options, ptrdiff_t *clamped, int64_t *unit) {
+    ptrdiff_t size = plan_work(plan, weights, gradients, sums, m, v);
     int threads = size < SERIAL ? 1 : options->threads;
     job j = {.plan = plan, .options = options};
     run_parallel(threads, work, &j);
     if (j.status == GSGD_OK)
-        store_trees(&j);
+        store_trees(plan);
     *clamped = j.clamped;
     *unit = j.unit;
     return j.status;
@@ -387,7 +397,7 @@ gsgd_status gsgd_step(gsgd_plan *plan, const gsgd_array *weights, const gsgd_arr
 int gsgd_gather(gsgd_plan *plan, const gsgd_array *weights, const gsgd_array *gradients,
                 const gsgd_array *sums) {
     job j = {.plan = plan};
-    plan_work(plan, weights, gradients, sums, NULL);
+    plan_work(plan, weights, gradients, sums, NULL, NULL);
     gather(&j);
     return sum_by_root(plan);
 }

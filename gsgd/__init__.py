@@ -1,13 +1,15 @@
 """Training ReLU networks in the space that their symmetry leaves over (Meng et al., "G-SGD", ICLR 2019)."""
 
 from gsgd.network import Features, Network
-from gsgd.optimizer import GSGD, Stats
+from gsgd.optimizer import GSGD, GAdam, GRMSprop, Stats
 from gsgd.paths import PathSGD, balance, path_norm, rescale, symmetry_residual
 from gsgd.skeleton import Skeleton
 
 __all__ = [
     "GSGD",
     "Features",
+    "GAdam",
+    "GRMSprop",
     "Network",
     "PathSGD",
     "Skeleton",

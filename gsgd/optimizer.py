@@ -1,18 +1,19 @@
-"""GSGD: gradient descent on the values of basis paths."""
+"""Gradient descent on the values of basis paths: GSGD, GAdam, GRMSprop."""
 
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from gsgd.arrays import Arrays, as_array, check_gradients, check_names, check_parameters
+from gsgd.arrays import as_array, check_gradients, check_names, check_parameters
 from gsgd.network import Network
+from gsgd.rates import Rates, adam, rmsprop, sgd
 from gsgd.skeleton import Backend, Rule, Skeleton, batch_norm_gradients, explain
 
 ScaleName = Literal["balanced", "initial", "ones"]
@@ -42,14 +43,6 @@ def usable_threads(threads: int) -> int:
     return 1 if _forked else threads
 
 
-def non_negative(name: str, x: float) -> float:
-    """`x` as a float, or a ValueError that names it."""
-    value = float(x)
-    if not (math.isfinite(value) and value >= 0):
-        raise ValueError(f"{name}: expected a finite number >= 0, got {x!r}")
-    return value
-
-
 @dataclass
 class Stats:
     """Counts since construction: steps, and path ratios that were clamped."""
@@ -58,7 +51,191 @@ class Stats:
     clamped: int = 0
 
 
-class GSGD:
+class _PathOptimizer:
+    """What the methods have in common: they differ in how the coordinates move, which `make` tells."""
+
+    def __init__(
+        self,
+        params: Mapping[str, Any],
+        net: Network,
+        make: Callable[..., Rates],
+        hyperparameters: dict[str, Any],
+        scale: ScaleName,
+        rule: Rule,
+        threads: int | None,
+        max_ratio: float,
+        backend: Backend,
+    ) -> None:
+        if scale not in ("balanced", "initial", "ones"):
+            raise ValueError(f"scale: expected 'balanced', 'initial' or 'ones', got {scale!r}")
+        if threads is not None and threads < 1:
+            raise ValueError(f"threads: expected at least 1, got {threads!r}")
+        if not (math.isfinite(max_ratio) and max_ratio > 1):
+            raise ValueError(f"max_ratio: expected a finite number > 1, got {max_ratio!r}")
+        first = make(**hyperparameters)
+        self._make, self._hyperparameters = make, dict(hyperparameters)
+        self.scale, self.max_ratio = scale, float(max_ratio)
+        self.threads = default_threads() if threads is None else threads
+        self.stats = Stats()
+        self._net = net
+        self._approximates = any(b.batch_norm for b in net.blocks)
+        self._core_checks = backend == "c" and not self._approximates
+        self._arrays = check_parameters(params, net, others=True)
+        self._weights = list(self._arrays.values())
+        if not self._weights:
+            raise ValueError("params: expected at least one parameter")
+        self._rates = np.empty((len(self._weights), len(first.row)))
+        self._set_rates(first)
+        self.skeleton = Skeleton(net, self._arrays, rule, backend=backend, _scaled=scale == "balanced")
+        c = self.skeleton.balanced_scale(self._arrays) if scale == "balanced" else np.ones(net.num_units)
+        if scale == "ones":
+            for edge in (*self.skeleton.in_edges, *self.skeleton.out_edges):
+                if edge is not None:
+                    self._arrays[edge[0]][edge[1]] = 1
+        self._set_reference((*self.skeleton.tree_weights(self._arrays), c))
+        self._m, self._v = self._moments(first, {})
+
+    def _set_reference(self, found: tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]) -> None:
+        self._reference = found
+        self.skeleton.plan.set_reference(*found)
+
+    def _set_rates(self, rates: Rates) -> None:
+        self._rates[:] = rates.row
+
+    def _set(self, name: str, value: Any) -> None:
+        changed = {**self._hyperparameters, name: value}
+        self._set_rates(self._make(**changed))
+        self._hyperparameters = changed
+
+    def _moments(self, rates: Rates, given: Mapping[str, Any]) -> list[list[NDArray[Any] | None]]:
+        """First and second moments, as given by name or zero; None where the method has none."""
+        found: list[list[NDArray[Any] | None]] = []
+        for key, has in (("m", rates.has_m), ("v", rates.has_v)):
+            loaded = given.get(key)
+            if loaded is not None and loaded.keys() != self._arrays.keys():
+                raise ValueError(f"state_dict: {key!r} is of other parameters")
+            moments: list[NDArray[Any] | None] = []
+            for name, w in self._arrays.items():
+                moment = np.zeros_like(w) if has else None
+                if moment is not None and loaded is not None:
+                    if np.shape(loaded[name]) != w.shape:
+                        raise ValueError(f"state_dict: {key!r} of {name!r}: expected shape {w.shape}")
+                    moment[...] = loaded[name]
+                moments.append(moment)
+            found.append(moments)
+        return found
+
+    @property
+    def lr(self) -> float:
+        """The learning rate of the next step; assign to it for a schedule."""
+        return float(self._hyperparameters["lr"])
+
+    @lr.setter
+    def lr(self, value: float) -> None:
+        self._set("lr", value)
+
+    @property
+    def weight_decay(self) -> float:
+        """The coefficient of basis-path regularization; it can be assigned."""
+        return float(self._hyperparameters["weight_decay"])
+
+    @weight_decay.setter
+    def weight_decay(self, value: float) -> None:
+        self._set("weight_decay", value)
+
+    def step(self, grads: Mapping[str, Any]) -> None:
+        """Update the parameters in place.
+
+        Parameters
+        ----------
+        grads : mapping of str to array
+            The gradient of every parameter, of its shape and dtype: any framework's CPU arrays, any strides. Read only.
+
+        Raises
+        ------
+        FloatingPointError
+            A gradient or a path ratio is not finite. The weights stay as they were.
+        """
+        if len(grads) != len(self._arrays) or not all(name in grads for name in self._arrays):
+            check_names(grads, self._arrays)
+        if self._core_checks:  # the C core checks shapes and dtypes itself
+            gradients: list[NDArray[Any] | None] = [
+                g if type(g) is np.ndarray else as_array(f"gradient of {name!r}", g)
+                for name, g in ((name, grads[name]) for name in self._arrays)
+            ]
+        else:
+            gradients = list(check_gradients(grads, self._arrays).values())
+        sums: list[NDArray[Any] | None] | None = None
+        if self._approximates:
+            gradients, sums = batch_norm_gradients(self._net, self._arrays, gradients)
+        if self._make is adam:
+            self._set_rates(adam(**self._hyperparameters, step=self.stats.steps + 1))
+        try:
+            clamped = self.skeleton.plan.step(
+                self._weights,
+                gradients,
+                sums,
+                self._m,
+                self._v,
+                self._rates,
+                self.max_ratio,
+                usable_threads(self.threads),
+            )
+        except FloatingPointError as error:
+            reason = explain(self._net, self.skeleton.edge_arrays, self._arrays, gradients, error.args[0])
+            raise FloatingPointError(reason) from None
+        self.stats.steps += 1
+        self.stats.clamped += clamped
+
+    def state_dict(self) -> dict[str, Any]:
+        """Hyperparameters, skeleton, reference scale and moments: copies, of plain Python and NumPy types."""
+        in_edges, out_edges = self.skeleton.edge_arrays
+        in_weights, out_weights, c = self._reference
+        moments = {
+            key: None if found[0] is None else {n: np.array(x) for n, x in zip(self._arrays, found, strict=True)}
+            for key, found in (("m", self._m), ("v", self._v))
+        }
+        return {
+            "hyperparameters": dict(self._hyperparameters),
+            "max_ratio": self.max_ratio,
+            "scale": self.scale,
+            "rule": self.skeleton.rule,
+            "in_edges": in_edges.copy(),
+            "out_edges": out_edges.copy(),
+            "in_weights": in_weights.copy(),
+            "out_weights": out_weights.copy(),
+            "c": c.copy(),
+            **moments,
+            "steps": self.stats.steps,
+            "clamped": self.stats.clamped,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from `state_dict`: with the weights of that moment, every further step has the same bits."""
+        missing = self.state_dict().keys() - state.keys()
+        if missing:
+            raise ValueError(f"state_dict: {sorted(missing)[0]!r} is missing")
+        hyperparameters = dict(state["hyperparameters"])
+        if hyperparameters.keys() != self._hyperparameters.keys():
+            raise ValueError(f"state_dict: of another method, with {sorted(hyperparameters)}")
+        rates = self._make(**hyperparameters)
+        moments = self._moments(rates, state)
+        units = self._net.num_units
+        edges = [np.ascontiguousarray(state[n], dtype=np.int64) for n in ("in_edges", "out_edges")]
+        reference = [np.array(state[n], dtype=np.float64) for n in ("in_weights", "out_weights", "c")]
+        if any(e.shape != (units, 2) for e in edges) or any(r.shape != (units,) for r in reference):
+            raise ValueError(f"state_dict: expected the skeleton of {units} units")
+        self.skeleton.replace_edges((edges[0], edges[1]), self._arrays)
+        self.skeleton.rule = state["rule"]
+        self._set_reference((reference[0], reference[1], reference[2]))
+        self._hyperparameters = hyperparameters
+        self._set_rates(rates)
+        self.max_ratio, self.scale = float(state["max_ratio"]), state["scale"]
+        self._m, self._v = moments
+        self.stats = Stats(state["steps"], state["clamped"])
+
+
+class GSGD(_PathOptimizer):
     """G-SGD: stochastic gradient descent in the positively scale-invariant space (Meng et al., ICLR 2019).
 
     Parameters
@@ -108,162 +285,96 @@ class GSGD:
         max_ratio: float = 10.0,
         backend: Backend = "c",
     ) -> None:
-        if scale not in ("balanced", "initial", "ones"):
-            raise ValueError(f"scale: expected 'balanced', 'initial' or 'ones', got {scale!r}")
-        if threads is not None and threads < 1:
-            raise ValueError(f"threads: expected at least 1, got {threads!r}")
-        if not (math.isfinite(max_ratio) and max_ratio > 1):
-            raise ValueError(f"max_ratio: expected a finite number > 1, got {max_ratio!r}")
-        self._momentum = non_negative("momentum", momentum)
-        self._nesterov = bool(nesterov)
-        if nesterov and not self._momentum:
-            raise ValueError("nesterov: expected a momentum > 0")
-        self.scale, self.max_ratio = scale, float(max_ratio)
-        self.threads = default_threads() if threads is None else threads
-        self.stats = Stats()
-        self._net = net
-        self._approximates = any(b.batch_norm for b in net.blocks)
-        self._core_checks = backend == "c" and not self._approximates
-        self._arrays = check_parameters(params, net, others=True)
-        self._weights = list(self._arrays.values())
-        if not self._weights:
-            raise ValueError("params: expected at least one parameter")
-        self._rates = np.zeros((len(self._weights), 4))  # lr, momentum, weight_decay, nesterov
-        self.lr, self.weight_decay = lr, weight_decay
-        self.skeleton = Skeleton(net, self._arrays, rule, backend=backend, _scaled=scale == "balanced")
-        c = self.skeleton.balanced_scale(self._arrays) if scale == "balanced" else np.ones(net.num_units)
-        if scale == "ones":
-            for edge in (*self.skeleton.in_edges, *self.skeleton.out_edges):
-                if edge is not None:
-                    self._arrays[edge[0]][edge[1]] = 1
-        self._set_reference((*self.skeleton.tree_weights(self._arrays), c))
-        self._set_momenta({name: np.zeros_like(a) for name, a in self._arrays.items()} if self._momentum else None)
-
-    def _set_reference(self, found: tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]) -> None:
-        self._reference = found
-        self.skeleton.plan.set_reference(*found)
-
-    def _set_momenta(self, momenta: Arrays | None) -> None:
-        self._momenta = momenta
-        self._momentum_list = [None if momenta is None else momenta[name] for name in self._arrays]
-        self._rates[:, 1], self._rates[:, 3] = self._momentum, self._nesterov
-
-    @property
-    def lr(self) -> float:
-        """The learning rate of the next step."""
-        return float(self._rates[0, 0])
-
-    @lr.setter
-    def lr(self, value: float) -> None:
-        self._rates[:, 0] = non_negative("lr", value)
-
-    @property
-    def weight_decay(self) -> float:
-        """The coefficient of basis-path regularization."""
-        return float(self._rates[0, 2])
-
-    @weight_decay.setter
-    def weight_decay(self, value: float) -> None:
-        self._rates[:, 2] = non_negative("weight_decay", value)
+        hyperparameters = {"lr": lr, "momentum": momentum, "nesterov": nesterov, "weight_decay": weight_decay}
+        super().__init__(params, net, sgd, hyperparameters, scale, rule, threads, max_ratio, backend)
 
     @property
     def momentum(self) -> float:
         """The momentum; fixed at construction."""
-        return self._momentum
+        return float(self._hyperparameters["momentum"])
 
     @property
     def nesterov(self) -> bool:
         """Whether the momentum is Nesterov's; fixed at construction."""
-        return self._nesterov
+        return bool(self._hyperparameters["nesterov"])
 
-    def step(self, grads: Mapping[str, Any]) -> None:
-        """Update the parameters in place.
 
-        Parameters
-        ----------
-        grads : mapping of str to array
-            The gradient of every parameter, of its shape and dtype: any framework's CPU arrays, any strides. Read only.
+class GAdam(_PathOptimizer):
+    """Adam on the values of basis paths: the moments are those of dl/dx, so that no rescaling changes them.
 
-        Raises
-        ------
-        FloatingPointError
-            A gradient or a path ratio is not finite. The weights stay as they were.
-        """
-        if len(grads) != len(self._arrays) or not all(name in grads for name in self._arrays):
-            check_names(grads, self._arrays)
-        if self._core_checks:  # the C core checks shapes and dtypes itself
-            gradients: list[NDArray[Any] | None] = [
-                g if type(g) is np.ndarray else as_array(f"gradient of {name!r}", g)
-                for name, g in ((name, grads[name]) for name in self._arrays)
-            ]
-        else:
-            gradients = list(check_gradients(grads, self._arrays).values())
-        sums: list[NDArray[Any] | None] | None = None
-        if self._approximates:
-            gradients, sums = batch_norm_gradients(self._net, self._arrays, gradients)
-        try:
-            clamped = self.skeleton.plan.step(
-                self._weights,
-                gradients,
-                sums,
-                self._momentum_list,
-                self._rates,
-                self.max_ratio,
-                usable_threads(self.threads),
-            )
-        except FloatingPointError as error:
-            reason = explain(self._net, self.skeleton.edge_arrays, self._arrays, gradients, error.args[0])
-            raise FloatingPointError(reason) from None
-        self.stats.steps += 1
-        self.stats.clamped += clamped
+    Parameters
+    ----------
+    params, net, scale, rule, threads, max_ratio, backend
+        See `GSGD`.
+    lr : float
+    betas : (float, float)
+        Decay rates of the first and the second moment.
+    eps : float
+        Added to the root of the second moment.
+    weight_decay : float
+        Of the coordinates of ordinary paths.
+    decoupled : bool
+        Whether it is AdamW's (the default) or added to the gradient, as in Adam.
+    """
 
-    def state_dict(self) -> dict[str, Any]:
-        """Hyperparameters, skeleton, reference scale and momenta: copies, of plain Python and NumPy types."""
-        in_edges, out_edges = self.skeleton.edge_arrays
-        in_weights, out_weights, c = self._reference
-        return {
-            "lr": self.lr,
-            "momentum": self.momentum,
-            "nesterov": self.nesterov,
-            "weight_decay": self.weight_decay,
-            "max_ratio": self.max_ratio,
-            "scale": self.scale,
-            "rule": self.skeleton.rule,
-            "in_edges": in_edges.copy(),
-            "out_edges": out_edges.copy(),
-            "in_weights": in_weights.copy(),
-            "out_weights": out_weights.copy(),
-            "c": c.copy(),
-            "momenta": None if self._momenta is None else {n: m.copy() for n, m in self._momenta.items()},
-            "steps": self.stats.steps,
-            "clamped": self.stats.clamped,
+    def __init__(
+        self,
+        params: Mapping[str, Any],
+        net: Network,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        decoupled: bool = True,
+        scale: ScaleName = "balanced",
+        rule: Rule = "modulo",
+        threads: int | None = None,
+        *,
+        max_ratio: float = 10.0,
+        backend: Backend = "c",
+    ) -> None:
+        hyperparameters = {
+            "lr": lr,
+            "betas": tuple(betas),
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "decoupled": decoupled,
         }
+        super().__init__(params, net, adam, hyperparameters, scale, rule, threads, max_ratio, backend)
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from `state_dict`: with the weights of that moment, every further step has the same bits."""
-        missing = self.state_dict().keys() - state.keys()
-        if missing:
-            raise ValueError(f"state_dict: {sorted(missing)[0]!r} is missing")
-        lr, momentum, weight_decay = (non_negative(n, state[n]) for n in ("lr", "momentum", "weight_decay"))
-        momenta = state["momenta"]
-        if momenta is not None:
-            if momenta.keys() != self._arrays.keys():
-                raise ValueError("state_dict: 'momenta' are those of other parameters")
-            loaded = {name: np.zeros_like(a) for name, a in self._arrays.items()}
-            for name, m in loaded.items():
-                if np.shape(momenta[name]) != m.shape:
-                    raise ValueError(f"state_dict: momentum of {name!r}: expected shape {m.shape}")
-                m[...] = momenta[name]
-        units = self._net.num_units
-        edges = [np.ascontiguousarray(state[n], dtype=np.int64) for n in ("in_edges", "out_edges")]
-        reference = [np.array(state[n], dtype=np.float64) for n in ("in_weights", "out_weights", "c")]
-        if any(e.shape != (units, 2) for e in edges) or any(r.shape != (units,) for r in reference):
-            raise ValueError(f"state_dict: expected the skeleton of {units} units")
-        self.skeleton.replace_edges((edges[0], edges[1]), self._arrays)
-        self.skeleton.rule = state["rule"]
-        self._set_reference((reference[0], reference[1], reference[2]))
-        self.lr, self.weight_decay = lr, weight_decay
-        self._momentum, self._nesterov = momentum, bool(state["nesterov"])
-        self.max_ratio, self.scale = float(state["max_ratio"]), state["scale"]
-        self._set_momenta(None if momenta is None else loaded)
-        self.stats = Stats(state["steps"], state["clamped"])
+
+class GRMSprop(_PathOptimizer):
+    """RMSProp on the values of basis paths: the moments are those of dl/dx, so that no rescaling changes them.
+
+    Parameters
+    ----------
+    params, net, scale, rule, threads, max_ratio, backend
+        See `GSGD`.
+    lr : float
+    alpha : float
+        Decay rate of the second moment.
+    eps : float
+        Added to the root of the second moment.
+    weight_decay : float
+        Of the coordinates of ordinary paths, added to the gradient.
+    momentum : float
+    """
+
+    def __init__(
+        self,
+        params: Mapping[str, Any],
+        net: Network,
+        lr: float = 1e-2,
+        alpha: float = 0.99,
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        momentum: float = 0.0,
+        scale: ScaleName = "balanced",
+        rule: Rule = "modulo",
+        threads: int | None = None,
+        *,
+        max_ratio: float = 10.0,
+        backend: Backend = "c",
+    ) -> None:
+        hyperparameters = {"lr": lr, "alpha": alpha, "eps": eps, "weight_decay": weight_decay, "momentum": momentum}
+        super().__init__(params, net, rmsprop, hyperparameters, scale, rule, threads, max_ratio, backend)

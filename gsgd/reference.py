@@ -17,19 +17,30 @@ from array_api_compat import array_namespace, device
 from numpy.typing import NDArray
 
 from gsgd.network import PINNED, Block
+from gsgd.rates import Rates
 
 Array = Any
 Edges = NDArray[np.int64]
 
 
-@dataclass(frozen=True)
-class Rates:
-    """Hyperparameters of one array."""
+Moments = tuple[Array | None, Array | None]
 
-    lr: Any
-    momentum: Any = 0.0
-    weight_decay: Any = 0.0
-    nesterov: bool = False
+
+def direction(xp: Any, o: Rates, d: Array, m: Array | None, v: Array | None) -> tuple[Array, Moments]:
+    """The direction in which coordinates move, from their gradients d and moments; and the new moments."""
+    if o.method == "sgd":
+        if m is None:
+            return d, (None, v)
+        m = o.momentum * m + d
+        return (d + o.momentum * m if o.nesterov else m), (m, v)
+    v = o.second * v + (1 - o.second) * (d * d)
+    if o.method == "adam":
+        m = o.momentum * m + (1 - o.momentum) * d
+        return o.correct_m * m / (xp.sqrt(o.correct_v * v) + o.eps), (m, v)
+    d = d / (xp.sqrt(v) + o.eps)
+    if m is not None:
+        m = d = o.momentum * m + d
+    return d, (m, v)
 
 
 @dataclass(frozen=True)
@@ -64,7 +75,7 @@ class Tables:
     blocks: tuple[BlockTables, ...]
     in_tree: TreeTables
     out_tree: TreeTables
-    in_unit: Array
+    in_array: Array  # in which array the in-edge of a unit lies
     root: Array
     chain: Array
     columns_of_root: Array
@@ -131,11 +142,13 @@ def tables(units: int, blocks: Sequence[tuple[int, Block]], in_edges: Edges, out
             ends = ends[ends]
         return TreeTables(tuple(found), tuple(entries), order, tuple(jumps))
 
+    in_array = np.full(units + 1, -1)
+    in_array[:-1][active] = [blocks[k][0] for k in in_edges[active, 0]]
     return Tables(
         tuple(per_block),
         tree(in_edges, in_unit),
         tree(out_edges, out_unit),
-        in_unit,
+        in_array,
         root,
         can_move & ~in_is_free,
         padded,
@@ -161,9 +174,9 @@ def convert(t: Tables, asarray: Callable[[NDArray[Any]], Array]) -> Tables:
 # reading blocks and trees
 
 
-def view(xp: Any, b: BlockTables, arrays: Sequence[Array]) -> Array:
-    """The block's entries, (groups, rows, cols, t0, t1, t2)."""
-    return b.block.view(arrays[b.array], xp)
+def view(xp: Any, b: BlockTables, arrays: Sequence[Array | None]) -> Array:
+    """The block's entries, (groups, rows, cols, t0, t1, t2); None where there is no array."""
+    return None if arrays[b.array] is None else b.block.view(arrays[b.array], xp)
 
 
 def assemble(xp: Any, t: Tables, parts: Sequence[Array], like: Sequence[Array]) -> list[Array]:
@@ -227,13 +240,14 @@ class Scale:
 
 @dataclass(frozen=True)
 class Solution:
-    """What solve finds per unit: A, B, the chain ratio R, rho, the chain's new momentum; and what went wrong."""
+    """What solve finds per unit: A, B, the chain ratio R, rho, the chain's new moments; and what went wrong."""
 
     a: Array
     b: Array
     ratio: Array
     rho: Array
-    momentum: Array
+    m: Array
+    v: Array
     clamped: Array
     finite: Array
 
@@ -261,7 +275,7 @@ def solve(
     weights: Sequence[Array],
     gradients: Sequence[Array | None],
     s: Array,
-    momenta: Sequence[Array | None],
+    moments: Sequence[Moments],
     rates: Sequence[Rates],
     max_ratio: float,
 ) -> Solution:
@@ -272,26 +286,28 @@ def solve(
     b = _along(xp, t.out_tree, _at_tree(xp, t, t.out_tree, weights, 1.0) / scale.out_weights, xp.multiply) * scale.c
     x = a * b
     d = (in_weights * _at_tree(xp, t, t.in_tree, gradients, 0.0) - s) / x
-    m = _at_tree(xp, t, t.in_tree, momenta, 0.0)
-
-    def per_unit(values: Sequence[Any]) -> Any:
-        """A value per array, for the array in which the in-edge of each unit lies."""
-        if all(v is values[0] for v in values):
-            return values[0]
-        ones = [xp.ones(e.shape, dtype=xp.float64, device=device(e)) for e in t.in_tree.entries]
-        found = [one * values[t.blocks[k].array] for one, k in zip(ones, t.in_tree.blocks, strict=True)]
-        found.append(xp.zeros((1,), dtype=xp.float64, device=device(t.root)))
-        return xp.take(xp.concat(found), t.in_tree.order)
-
-    mu = per_unit([r.momentum if v is not None else 0.0 for r, v in zip(rates, momenta, strict=True)])
-    own, ahead = per_unit([float(r.nesterov) for r in rates]), per_unit([1.0 - r.nesterov for r in rates])
-    moves = t.chain & (xp.ones_like(x) * per_unit([0.0 if g is None else 1.0 for g in gradients]) > 0)
-    m = xp.where(moves, mu * m + d, m)
-    change = own * (d + mu * m) + ahead * m
-    r = xp.where(moves, 1 - per_unit([r.lr for r in rates]) * change / x, xp.ones_like(x))
+    m, v = (_at_tree(xp, t, t.in_tree, [pair[i] for pair in moments], 0.0) for i in (0, 1))
+    r = xp.ones_like(x)
+    for o in {id(o): o for o in rates}.values():
+        mine = [i for i, own in enumerate(rates) if own is o and gradients[i] is not None]
+        here = t.chain & _among(xp, t.in_array, mine, len(rates))
+        has_m = any(moments[i][0] is not None for i in mine)
+        e, (new_m, new_v) = direction(xp, o, d, m if has_m else None, v)
+        r = xp.where(here, 1 - o.lr * e / x, r)
+        m, v = m if new_m is None else xp.where(here, new_m, m), xp.where(here, new_v, v)
     ratio = xp.clip(r, 1 / max_ratio, max_ratio)
     finite = xp.all(xp.isfinite(r)) & xp.all(xp.isfinite(1 / x)) & xp.all(xp.isfinite(x))
-    return Solution(a, b, ratio, xp.take(ratio, t.root), m, xp.sum(xp.astype(r != ratio, xp.int64)), finite)
+    return Solution(a, b, ratio, xp.take(ratio, t.root), m, v, xp.sum(xp.astype(r != ratio, xp.int64)), finite)
+
+
+def _among(xp: Any, ids: Array, wanted: Sequence[int], count: int) -> Array:
+    """Where `ids` (from 0 to count - 1) are wanted."""
+    if len(wanted) == count:
+        return xp.ones_like(ids, dtype=xp.bool)
+    found = xp.zeros_like(ids, dtype=xp.bool)
+    for i in wanted:
+        found = found | (ids == i)
+    return found
 
 
 def apply(
@@ -299,40 +315,38 @@ def apply(
     solution: Solution,
     weights: Sequence[Array],
     gradients: Sequence[Array | None],
-    momenta: Sequence[Array | None],
+    moments: Sequence[Moments],
     rates: Sequence[Rates],
-) -> tuple[list[Array], list[Array | None]]:
-    """New weights and momenta: ordinary edges, chains, and free edges, which stay.
+) -> tuple[list[Array], list[Moments]]:
+    """New weights and moments: ordinary edges, chains, and free edges, which stay.
 
     An array without gradient has no terms of its own: its paths keep their values.
     """
     xp = array_namespace(*weights)
     new_weights: list[Array] = []
-    new_momenta: list[Array | None] = []
+    new_moments: list[list[Array | None]] = [[], []]
     for k in t.blocks:
-        o, w = rates[k.array], view(xp, k, weights)
+        o, w, m, v = rates[k.array], view(xp, k, weights), *(view(xp, k, x) for x in zip(*moments, strict=True))
 
         def at(ids: Array, x: Array, like: Array = w) -> Array:
             return xp.astype(_take(xp, x, ids), like.dtype)
 
         rho = at(k.cols, 1 / solution.rho)
-        new, m = w, None if momenta[k.array] is None else view(xp, k, momenta)
+        new = w
         if gradients[k.array] is not None:
             per_x = at(k.cols, 1 / solution.a) * at(k.rows, 1 / solution.b)  # dw / dx
-            change = d = view(xp, k, gradients) * per_x
-            x = w * (at(k.cols, solution.a) * at(k.rows, solution.b))
-            change = d = d + o.weight_decay * x
-            if m is not None:
-                m = o.momentum * m + d
-                change = d + o.momentum * m if o.nesterov else m
-                m = xp.where(k.chain, at(k.rows, solution.momentum), m)
-                m = xp.where(k.free, xp.zeros_like(m), m)
-            new = w - o.lr * (change * per_x)
+            d = view(xp, k, gradients) * per_x
+            decay = o.weight_decay * (w * (at(k.cols, solution.a) * at(k.rows, solution.b)))
+            e, (m, v) = direction(xp, o, d if o.decoupled else d + decay, m, v)
+            new = w - o.lr * ((e + decay if o.decoupled else e) * per_x)
         new = xp.where(k.chain, w * at(k.rows, solution.ratio) * rho, new * rho)
         new_weights.append(xp.where(k.free, w, new))
-        new_momenta.append(m)
-    assembled = assemble(xp, t, new_weights, weights)
-    return assembled, assemble(xp, t, new_momenta, momenta)
+        for found, x, of_chain in zip(new_moments, (m, v), (solution.m, solution.v), strict=True):
+            if x is not None:
+                x = xp.where(k.free, xp.zeros_like(x), xp.where(k.chain, at(k.rows, of_chain), x))
+            found.append(x)
+    assembled = [assemble(xp, t, new_moments[i], [pair[i] for pair in moments]) for i in (0, 1)]
+    return assemble(xp, t, new_weights, weights), list(zip(*assembled, strict=True))
 
 
 def step(
@@ -341,14 +355,14 @@ def step(
     weights: Sequence[Array],
     gradients: Sequence[Array | None],
     sums: Sequence[Array | None],
-    momenta: Sequence[Array | None],
+    moments: Sequence[Moments],
     rates: Sequence[Rates],
     max_ratio: float = 10.0,
-) -> tuple[list[Array], list[Array | None], Solution]:
+) -> tuple[list[Array], list[Moments], Solution]:
     """Gather, solve, apply."""
     s = gather(t, weights, sums)
-    solution = solve(t, scale, weights, gradients, s, momenta, rates, max_ratio)
-    return *apply(t, solution, weights, gradients, momenta, rates), solution
+    solution = solve(t, scale, weights, gradients, s, moments, rates, max_ratio)
+    return *apply(t, solution, weights, gradients, moments, rates), solution
 
 
 # the plan: what the C core offers, on the functions above
@@ -446,7 +460,8 @@ class Plan:
         weights: list[Array],
         gradients: list[Array | None],
         sums: list[Array | None] | None,
-        momenta: list[Array | None],
+        m: list[Array | None],
+        v: list[Array | None],
         rates: NDArray[np.float64],
         max_ratio: float,
         threads: int,
@@ -454,17 +469,25 @@ class Plan:
         """One step in place; the number of clamped ratios."""
         if not all(g is None or np.isfinite(g).all() for g in gradients):
             raise FloatingPointError(-1)
-        per_array = [Rates(lr, mu, decay, bool(nesterov)) for lr, mu, decay, nesterov in rates.tolist()]
+        shared = {row: Rates.of_row(row) for row in map(tuple, rates.tolist())}
         summed = gradients if sums is None else sums
         with np.errstate(all="ignore"):
-            new, new_momenta, solution = step(
-                self._tables, self._scale, weights, gradients, summed, momenta, per_array, max_ratio
+            new, moments, solution = step(
+                self._tables,
+                self._scale,
+                weights,
+                gradients,
+                summed,
+                list(zip(m, v, strict=True)),
+                [shared[tuple(row)] for row in rates.tolist()],
+                max_ratio,
             )
         if not solution.finite:
             x = solution.a * solution.b
-            good = np.isfinite(x) & (x != 0) & np.isfinite(solution.momentum)
+            good = np.isfinite(x) & (x != 0) & np.isfinite(solution.m) & np.isfinite(solution.v)
             raise FloatingPointError(int(np.argmin(good)))
-        for old, value in zip([*weights, *momenta], [*new, *new_momenta], strict=True):
+        new_m, new_v = zip(*moments, strict=True)
+        for old, value in zip([*weights, *m, *v], [*new, *new_m, *new_v], strict=True):
             if old is not None:
                 old[...] = value
         return int(solution.clamped)

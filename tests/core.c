@@ -233,19 +233,20 @@ static double expected(const oracle *o, int i, ptrdiff_t r, ptrdiff_t k) {
 
 static const gsgd_rates plain = {.lr = 0.01};
 
-static gsgd_status try_step(chain *c, buffers *w, buffers *g, buffers *m, gsgd_rates rates, int threads,
-                            int64_t *unit) {
+static gsgd_status try_step(chain *c, buffers *w, buffers *g, buffers *m, buffers *v, gsgd_rates rates,
+                            int threads, int64_t *unit) {
     gsgd_rates all[2 * MAX_LAYERS];
     for (int i = 0; i < 2 * c->layers; ++i)
         all[i] = rates;
     gsgd_options options = {.rates = all, .max_ratio = 10, .threads = threads};
     ptrdiff_t clamped;
-    return gsgd_step(c->plan, w->array, g->array, g->array, m ? m->array : NULL, &options, &clamped, unit);
+    return gsgd_step(c->plan, w->array, g->array, g->array, m ? m->array : NULL, v ? v->array : NULL,
+                     &options, &clamped, unit);
 }
 
-static void step(chain *c, buffers *w, buffers *g, buffers *m, gsgd_rates rates, int threads) {
+static void step(chain *c, buffers *w, buffers *g, buffers *m, buffers *v, gsgd_rates rates, int threads) {
     int64_t unit;
-    CHECK(try_step(c, w, g, m, rates, threads, &unit) == GSGD_OK);
+    CHECK(try_step(c, w, g, m, v, rates, threads, &unit) == GSGD_OK);
 }
 
 static void test_definitions(gsgd_rule rule) {
@@ -258,7 +259,7 @@ static void test_definitions(gsgd_rule rule) {
         fill(&c, g, 0.1);
         skeleton(&c, w, rule);
         copy(&c, old, w);
-        step(&c, w, g, NULL, plain, 1);
+        step(&c, w, g, NULL, NULL, plain, 1);
         oracle o = {&c, old, g, plain.lr};
         for (int i = 0; i < 8; ++i)
             for (ptrdiff_t r = 0; r < c.width[i / 2 + 1]; ++r)
@@ -285,18 +286,22 @@ static void test_bits(gsgd_type type, gsgd_rates rates) {
     static const int threads[] = {1, 2, 4};
     for (int layout = 0; layout < 4; ++layout)
         for (int t = 0; t < 3; ++t) {
-            buffers *w = allocate(&c, layout == 1 ? 3 : 0, layout >= 2), *m = NULL;
+            buffers *w = allocate(&c, layout == 1 ? 3 : 0, layout >= 2), *m = NULL, *v = NULL;
             buffers *g = allocate(&c, layout == 1 ? 1 : 0, layout == 3);
             copy(&c, w, start);
             copy(&c, g, gradient);
             if (rates.momentum > 0)
                 m = allocate(&c, 0, layout == 2);
+            if (rates.method != GSGD_SGD)
+                v = allocate(&c, layout == 1 ? 2 : 0, layout >= 2);
             for (int n = 0; n < 3; ++n)
-                step(&c, w, g, m, rates, threads[t]);
+                step(&c, w, g, m, v, rates, threads[t]);
             CHECK(first == NULL || equal(&c, first, w));
             drop(&c, g);
             if (m != NULL)
                 drop(&c, m);
+            if (v != NULL)
+                drop(&c, v);
             if (first == NULL)
                 first = w;
             else
@@ -322,14 +327,14 @@ static void test_errors(void) {
     for (int i = 0; i < 6; ++i) { /* a gradient that is not finite, wherever it is */
         double before = get(&c, g, i, 1, 0);
         set(&c, g, i, 1, 0, i % 2 ? NAN : INFINITY);
-        CHECK(try_step(&c, w, g, NULL, plain, 1, &unit) == GSGD_NOT_FINITE);
+        CHECK(try_step(&c, w, g, NULL, NULL, plain, 1, &unit) == GSGD_NOT_FINITE);
         CHECK(unit == -1 && equal(&c, w, old));
         set(&c, g, i, 1, 0, before);
     }
     ptrdiff_t r, k;
     at_edge(&c, w, c.in[0], &r, &k);
     set(&c, w, (int)c.in[0].block, r, k, 0); /* a skeleton weight that has become zero */
-    CHECK(try_step(&c, w, g, NULL, plain, 1, &unit) == GSGD_NOT_FINITE);
+    CHECK(try_step(&c, w, g, NULL, NULL, plain, 1, &unit) == GSGD_NOT_FINITE);
     CHECK(unit >= 0);
     copy(&c, w, old);
 
@@ -340,7 +345,7 @@ static void test_errors(void) {
     CHECK(gsgd_set_trees(c.plan, c.in, c.out, c.free_in, &unit) == GSGD_BAD_TREE && unit == 4);
     c.in[4] = good;
     CHECK(gsgd_set_trees(c.plan, c.in, c.out, c.free_in, &unit) == GSGD_OK);
-    step(&c, w, g, NULL, plain, 1);
+    step(&c, w, g, NULL, NULL, plain, 1);
     CHECK(!equal(&c, w, old));
 
     c.block[2].array = 17;
@@ -422,7 +427,19 @@ static void test_methods(void) {
 }
 
 int main(void) {
-    gsgd_rates momentum = plain, nesterov = plain, decay = plain;
+    gsgd_rates momentum = plain, nesterov = plain, decay = plain, rmsprop = plain;
+    gsgd_rates adam = {.method = GSGD_ADAM,
+                       .lr = 1e-5,
+                       .momentum = 0.9,
+                       .weight_decay = 1e-3,
+                       .second = 0.99,
+                       .eps = 1e-8,
+                       .correct_m = 1,
+                       .correct_v = 1,
+                       .decoupled = 1};
+    rmsprop.method = GSGD_RMSPROP;
+    rmsprop.lr = rmsprop.eps = 1e-5;
+    rmsprop.second = 0.9;
     momentum.momentum = nesterov.momentum = 0.9;
     nesterov.nesterov = 1;
     nesterov.weight_decay = decay.weight_decay = 1e-3;
@@ -433,6 +450,8 @@ int main(void) {
         test_bits((gsgd_type)type, momentum);
         test_bits((gsgd_type)type, nesterov);
         test_bits((gsgd_type)type, decay);
+        test_bits((gsgd_type)type, adam);
+        test_bits((gsgd_type)type, rmsprop);
     }
     test_errors();
     test_cycle();

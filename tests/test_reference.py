@@ -6,6 +6,7 @@ import pytest
 
 import gsgd
 from gsgd import reference
+from gsgd.rates import Rates
 
 
 @pytest.fixture
@@ -29,9 +30,9 @@ def test_a_step_on_strict_arrays_is_the_core_s(net: gsgd.Network) -> None:
     reference_scale = (*skeleton.tree_weights(params), np.ones(net.num_units))
     scale = reference.Scale(*(xp.asarray(np.append(x, 1.0)) for x in reference_scale))
     weights, gradients = ([xp.asarray(x.copy()) for x in arrays.values()] for arrays in (params, grads))
-    rates = [reference.Rates(lr=0.01, momentum=0.9, weight_decay=1e-3, nesterov=True)] * len(params)
-    momenta = [xp.zeros_like(w) for w in weights]
-    new, _, solution = reference.step(tables, scale, weights, gradients, gradients, momenta, rates)
+    rates = [Rates(lr=0.01, momentum=0.9, weight_decay=1e-3, nesterov=True)] * len(params)
+    moments = [(xp.zeros_like(w), None) for w in weights]
+    new, _, solution = reference.step(tables, scale, weights, gradients, gradients, moments, rates)
 
     opt = gsgd.GSGD(params, net, lr=0.01, momentum=0.9, weight_decay=1e-3, nesterov=True, scale="initial")
     opt.step(grads)
