@@ -76,10 +76,6 @@ class _CoreEngine:
         self.rates = np.zeros((len(tensors), 4))
         self.rows: list[tuple[float, float, float, bool]] = []
 
-    def is_current(self) -> bool:
-        """Whether the parameters still lie where they lay, as they lay."""
-        return all(map(Tensor.is_set_to, self.tensors.values(), self.aliases))
-
     def step(
         self,
         gradients: list[Tensor | None],
@@ -92,11 +88,11 @@ class _CoreEngine:
         found: list[Any]
         sums = None
         if self.approximates:
-            views = [None if g is None else g.detach().numpy() for g in gradients]
+            views = [None if g is None else g.numpy() for g in gradients]
             found, sums = batch_norm_gradients(self.net, self.arrays, views)
         else:  # an address will do where the gradient is laid out as the parameter
             found = [
-                None if g is None else g.data_ptr() if (g.stride(), g.dtype) == layout else g.detach().numpy()
+                None if g is None else g.data_ptr() if (g.stride(), g.dtype) == layout else g.numpy()
                 for g, layout in zip(gradients, self.layouts, strict=True)
             ]
         if any(new is not old for new, old in zip(buffers, self.buffers, strict=True)):
@@ -108,7 +104,7 @@ class _CoreEngine:
         try:
             clamped = self.plan.step(self.weights, found, sums, self.momenta, self.rates, max_ratio, threads)
         except FloatingPointError as error:
-            found = [None if g is None else g.detach().numpy() for g in gradients]
+            found = [None if g is None else g.numpy() for g in gradients]
             raise FloatingPointError(explain(self.net, self.trees, self.arrays, found, error.args[0])) from None
         # autograd did not see what was written
         written = zip(self.tensors.values(), gradients, self.following, strict=True)
@@ -144,10 +140,6 @@ class _ArrayEngine:
         self.tables = reference.convert(tables, asarray)
         scales = (np.append(x, 1.0) for x in (anchor.in_weights, anchor.out_weights, anchor.c))
         self.scale = reference.Scale(*(asarray(x) for x in scales))
-
-    def is_current(self) -> bool:
-        """Whether the parameters still lie where they lay, as they lay."""
-        return all(map(Tensor.is_set_to, self.tensors.values(), self.aliases))
 
     def step(
         self,
@@ -235,9 +227,11 @@ class GSGD(torch.optim.Optimizer):
         if threads is not None and threads < 1:
             raise ValueError(f"threads: expected at least 1, got {threads!r}")
         if isinstance(params, nn.Module):
+            model, params = params, list(params.named_parameters())
+            for name, p in params:
+                _refuse_unsupported(name, p)
             if network is None:
-                network = trace(params, example_inputs, residual=residual, batch_norm=batch_norm)
-            params = list(params.named_parameters())
+                network = trace(model, example_inputs, residual=residual, batch_norm=batch_norm)
         if network is None:
             raise ValueError("network: expected a gsgd.Network, or a module as the first argument")
         self._engine: _CoreEngine | _ArrayEngine | None = None
@@ -328,11 +322,17 @@ class GSGD(torch.optim.Optimizer):
         return (_CoreEngine if in_core else _ArrayEngine)(self.network, anchor, tensors)
 
     def _current_engine(self) -> _CoreEngine | _ArrayEngine:
-        if self._engine is None or not self._engine.is_current():
-            self._engine = self._make_engine(self._anchor)
+        engine = self._engine
+        # of the same storage, offset, shape and strides
+        if engine is None or not all(map(Tensor.is_set_to, engine.tensors.values(), engine.aliases)):
+            engine = self._engine = self._make_engine(self._anchor)
             group_of = {p: i for i, g in enumerate(self.param_groups) for p in g["params"]}
-            self._group_of = [group_of[p] for p in self._engine.tensors.values()]
-        return self._engine
+            self._group_of = [group_of[p] for p in engine.tensors.values()]
+            for p in engine.tensors.values():
+                state = self.state.get(p, {})
+                if state.get("momentum_buffer") is not None:
+                    state["momentum_buffer"] = state["momentum_buffer"].to(p)
+        return engine
 
     # steps
 
