@@ -1,5 +1,6 @@
 """GAdam and GRMSprop: invariant, and the frameworks' own methods where nothing can be rescaled."""
 
+import io
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from networks import Model, Params, mlp
 
 import gsgd
+import gsgd.torch
 
 METHODS: dict[str, Callable[..., Any]] = {
     "adam": lambda p, net, **o: gsgd.GAdam(p, net, lr=0.01, weight_decay=1e-3, decoupled=False, **o),
@@ -137,3 +139,65 @@ def test_a_state_of_another_method_is_refused() -> None:
     state = gsgd.GSGD(model.copy(), model.net).state_dict()
     with pytest.raises(ValueError, match="another method"):
         gsgd.GAdam(model.copy(), model.net).load_state_dict(state)
+
+
+TORCH_METHODS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "adam": lambda p, net: gsgd.torch.GAdam(p, lr=0.01, weight_decay=1e-3, decoupled=False, network=net),
+    "adamw": lambda p, net: gsgd.torch.GAdam(p, lr=0.01, weight_decay=1e-2, network=net),
+    "rmsprop": lambda p, net: gsgd.torch.GRMSprop(p, lr=0.01, weight_decay=1e-3, network=net),
+    "rmsprop, momentum": lambda p, net: gsgd.torch.GRMSprop(p, lr=0.01, alpha=0.9, momentum=0.9, network=net),
+}
+
+
+def named(params: Params) -> list[tuple[str, torch.nn.Parameter]]:
+    return [(name, torch.nn.Parameter(torch.from_numpy(p.copy()))) for name, p in params.items()]
+
+
+def give(parameters: list[tuple[str, torch.nn.Parameter]], grads: Params) -> None:
+    for name, p in parameters:
+        p.grad = torch.from_numpy(grads[name])
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("arrays", [False, True], ids=["core", "array operations"])
+def test_pytorch_takes_the_same_steps(method: str, arrays: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if arrays:
+        monkeypatch.setattr("gsgd.torch.optimizer._CoreEngine", gsgd.torch.optimizer._ArrayEngine)
+    model = residual_model()
+    params, parameters = model.copy(), named(model.params)
+    opt, other = METHODS[method](params, model.net), TORCH_METHODS[method](parameters, model.net)
+    for step in range(6):
+        if step == 3:  # a state goes through a file, into an optimizer of other weights
+            buffer = io.BytesIO()
+            torch.save(other.state_dict(), buffer)
+            buffer.seek(0)
+            resumed = TORCH_METHODS[method](named(rescaled(model)), model.net)
+            resumed.load_state_dict(torch.load(buffer, weights_only=True))
+            for (_, old), (_, new) in zip(parameters, zip_names(resumed), strict=True):
+                new.data.copy_(old.data)
+            parameters, other = list(zip_names(resumed)), resumed
+        grads = model.gradients(params)
+        give(parameters, grads)
+        opt.step(grads)
+        other.step()
+    for name, p in parameters:
+        np.testing.assert_allclose(p.detach().numpy(), params[name], rtol=1e-9 if arrays else 0, atol=1e-12 * arrays)
+
+
+def zip_names(opt: torch.optim.Optimizer) -> list[tuple[str, torch.nn.Parameter]]:
+    (group,) = opt.param_groups
+    return list(zip(group["param_names"], group["params"], strict=True))
+
+
+def test_a_late_gradient_has_its_own_bias_correction() -> None:
+    net = gsgd.Network()
+    one, late = (("one", torch.nn.Parameter(torch.ones(3))), ("late", torch.nn.Parameter(torch.ones(3))))
+    own = [torch.nn.Parameter(torch.ones(3)), torch.nn.Parameter(torch.ones(3))]
+    opt, adam = gsgd.torch.GAdam([one, late], lr=0.1, network=net), torch.optim.Adam(own, lr=0.1)
+    for step in range(5):
+        for (_, p), q in zip((one, late), own, strict=True):
+            p.grad = q.grad = None if q is own[1] and step < 3 else torch.tensor([1.0, -2.0, 0.1 * step])
+        opt.step()
+        adam.step()
+    for (_, p), q in zip((one, late), own, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)

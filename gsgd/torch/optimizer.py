@@ -1,11 +1,13 @@
-"""GSGD as a torch.optim.Optimizer: the C core on the memory of CPU tensors, the reference's stages elsewhere."""
+"""GSGD, GAdam and GRMSprop as torch.optim.Optimizers: the C core on CPU tensors, the reference's stages elsewhere."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
+import operator
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
+from itertools import chain
 from typing import Any, TypeAlias, overload
 
 import numpy as np
@@ -16,7 +18,8 @@ from torch import Tensor, nn
 from gsgd import reference
 from gsgd.arrays import check_parameters
 from gsgd.network import BatchNormMode, Network, Residual
-from gsgd.optimizer import ScaleName, Stats, non_negative, usable_threads
+from gsgd.optimizer import ScaleName, Stats, usable_threads
+from gsgd.rates import Rates, adam, rmsprop, sgd
 from gsgd.skeleton import Rule, Skeleton, batch_norm_gradients, explain, make_plan
 from gsgd.torch.trace import trace
 
@@ -71,16 +74,18 @@ class _CoreEngine:
         self.plan.set_trees(*self.trees)
         self.plan.set_reference(anchor.in_weights, anchor.out_weights, anchor.c)
         self.approximates = any(b.batch_norm for b in net.blocks)
-        self.buffers: list[Tensor | None] = [None] * len(tensors)
-        self.momenta: list[NDArray[Any] | None] = [None] * len(tensors)
-        self.rates = np.zeros((len(tensors), 4))
-        self.rows: list[tuple[float, float, float, bool]] = []
+        self.moments: list[tuple[Tensor | None, Tensor | None]] = []
+        self.views: list[list[NDArray[Any] | None]] = [[], []]
+        self.rows: list[tuple[float, ...]] = []
+        self.which: list[int] = []
+        self.rates = np.zeros((0, 0))
 
     def step(
         self,
         gradients: list[Tensor | None],
-        buffers: list[Tensor | None],
-        rows: list[tuple[float, float, float, bool]],
+        moments: list[tuple[Tensor | None, Tensor | None]],
+        rates: list[Rates],
+        which: list[int],
         max_ratio: float,
         threads: int,
         stats: Stats,
@@ -95,14 +100,16 @@ class _CoreEngine:
                 None if g is None else g.data_ptr() if (g.stride(), g.dtype) == layout else g.numpy()
                 for g, layout in zip(gradients, self.layouts, strict=True)
             ]
-        if any(new is not old for new, old in zip(buffers, self.buffers, strict=True)):
-            self.buffers = buffers
-            self.momenta = [None if b is None else b.numpy() for b in buffers]
-        if rows != self.rows:
-            self.rows = rows
-            self.rates[:] = rows
+        known = chain.from_iterable(self.moments)
+        if not self.moments or any(map(operator.is_not, chain.from_iterable(moments), known)):
+            self.moments = moments
+            self.views = [[None if x is None else x.numpy() for x in pair] for pair in zip(*moments, strict=True)]
+        rows = [r.row for r in rates]
+        if rows != self.rows or which != self.which:
+            self.rows, self.which = rows, which
+            self.rates = np.array(rows, dtype=np.float64)[which]
         try:
-            clamped = self.plan.step(self.weights, found, sums, self.momenta, self.rates, max_ratio, threads)
+            clamped = self.plan.step(self.weights, found, sums, *self.views, self.rates, max_ratio, threads)
         except FloatingPointError as error:
             found = [None if g is None else g.numpy() for g in gradients]
             raise FloatingPointError(explain(self.net, self.trees, self.arrays, found, error.args[0])) from None
@@ -144,17 +151,16 @@ class _ArrayEngine:
     def step(
         self,
         gradients: list[Tensor | None],
-        buffers: list[Tensor | None],
-        rows: list[tuple[float, float, float, bool]],
+        moments: list[tuple[Tensor | None, Tensor | None]],
+        rates: list[Rates],
+        which: list[int],
         max_ratio: float,
         threads: int,
         stats: Stats,
     ) -> None:
         weights = self.aliases
-        shared = {row: reference.Rates(*row) for row in rows}
-        rates = [shared[row] for row in rows]
-        new, new_buffers, solution = reference.step(
-            self.tables, self.scale, weights, gradients, gradients, buffers, rates, max_ratio
+        new, new_moments, solution = reference.step(
+            self.tables, self.scale, weights, gradients, gradients, moments, [rates[i] for i in which], max_ratio
         )
         finite = solution.finite
         for g in gradients:
@@ -163,62 +169,36 @@ class _ArrayEngine:
         for p, value, g, follows in zip(self.tensors.values(), new, gradients, self.following, strict=True):
             if follows or g is not None:
                 p.copy_(torch.where(finite, value, p))
-        for b, value in zip(buffers, new_buffers, strict=True):
-            if b is not None and value is not None:
-                b.copy_(torch.where(finite, value, b))
+        for pair, new_pair in zip(moments, new_moments, strict=True):
+            for moment, value in zip(pair, new_pair, strict=True):
+                if moment is not None and value is not None:
+                    moment.copy_(torch.where(finite, value, moment))
         stats.steps += 1
         stats.clamped = stats.clamped + torch.where(finite, solution.clamped, 0)  # type: ignore[assignment]
 
 
-class GSGD(torch.optim.Optimizer):
-    """G-SGD (Meng et al., ICLR 2019) as a drop-in for `torch.optim.SGD`.
+class _PathOptimizer(torch.optim.Optimizer):
+    """What the methods have in common. They differ in the hyperparameters of a group and in the names of moments."""
 
-    Parameters
-    ----------
-    params : nn.Module, or named parameters, or param groups of named parameters
-        A module is traced and all its parameters are trained. Otherwise ``model.named_parameters()``, or dicts with
-        "params" (of named parameters) and their own lr, momentum, nesterov, weight_decay, maximize.
-    lr, momentum, nesterov, weight_decay, maximize
-        As in `torch.optim.SGD`, on the coordinates that `gsgd.GSGD` describes.
-    network : gsgd.Network, optional
-        The network of named parameters. Parameters that it does not mention take plain SGD steps. A parameter that
-        it mentions and that is not given, or does not require a gradient now, pins the units that it meets.
-    example_inputs, residual, batch_norm
-        For tracing a module, see `trace`.
-    scale, rule, max_ratio, threads
-        See `gsgd.GSGD`. `threads` is torch.get_num_threads() by default.
+    moments: tuple[str, str]  # names of the first and the second moment in the state
 
-    Notes
-    -----
-    Float32 and float64 tensors on the CPU are updated by the C core in place, without copies, on the strides that
-    they have. Other tensors take the same step in array operations on their device.
-
-    A parameter whose gradient is None takes no step of its own: its paths keep their values, for which its weights
-    may have to follow a unit that is rescaled.
-
-    Raises
-    ------
-    FloatingPointError
-        In `step`, on the CPU: a gradient or a path ratio is not finite. On other devices such a step is left out.
-    """
+    @staticmethod
+    def rates(group: Mapping[str, Any], step: int) -> Rates:
+        """A group's hyperparameters for the `step`-th step of a parameter; ValueError where they are not right."""
+        raise NotImplementedError
 
     def __init__(
         self,
         params: Params,
-        lr: float | Tensor = 0.1,
-        momentum: float = 0.0,
-        nesterov: bool = False,
-        weight_decay: float = 0.0,
-        *,
-        network: Network | None = None,
-        example_inputs: Any = None,
-        residual: Residual = "tie",
-        batch_norm: BatchNormMode = "exact",
-        scale: ScaleName = "balanced",
-        rule: Rule = "modulo",
-        max_ratio: float = 10.0,
-        maximize: bool = False,
-        threads: int | None = None,
+        defaults: dict[str, Any],
+        network: Network | None,
+        example_inputs: Any,
+        residual: Residual,
+        batch_norm: BatchNormMode,
+        scale: ScaleName,
+        rule: Rule,
+        max_ratio: float,
+        threads: int | None,
     ) -> None:
         if scale not in ("balanced", "initial", "ones"):
             raise ValueError(f"scale: expected 'balanced', 'initial' or 'ones', got {scale!r}")
@@ -237,13 +217,6 @@ class GSGD(torch.optim.Optimizer):
         self._engine: _CoreEngine | _ArrayEngine | None = None
         self._max_ratio, self._threads = max_ratio, threads
         self._stats = Stats()
-        defaults = {
-            "lr": lr,
-            "momentum": momentum,
-            "nesterov": nesterov,
-            "weight_decay": weight_decay,
-            "maximize": maximize,
-        }
         super().__init__(params, defaults)
         tensors = self._tensors()
         for name in network.shapes:
@@ -267,14 +240,6 @@ class GSGD(torch.optim.Optimizer):
                     name, index = edge  # type: ignore[misc]
                     tensors[name][index] = 1
 
-    @classmethod
-    def paper(cls, model: nn.Module, lr: float | Tensor = 0.1, **options: Any) -> GSGD:
-        """The paper's own method: residual "pin", batch_norm "paper", rule "modulo", scale "ones".
-
-        It overwrites the skeleton weights of `model` by 1 (section 11.2).
-        """
-        return cls(model, lr, residual="pin", batch_norm="paper", rule="modulo", scale="ones", **options)
-
     @property
     def stats(self) -> Stats:
         """Counts of steps and of clamped ratios; reading it waits for the device."""
@@ -290,10 +255,7 @@ class GSGD(torch.optim.Optimizer):
         try:
             if "param_names" not in group:
                 raise ValueError("params: expected named parameters, as model.named_parameters() gives them")
-            for name in ("lr", "momentum", "weight_decay"):
-                non_negative(name, group[name])
-            if group["nesterov"] and not group["momentum"]:
-                raise ValueError("nesterov: expected a momentum > 0")
+            self.rates(group, 1)
             names = Counter(n for g in self.param_groups for n in g["param_names"])
             params = Counter(group["params"])
             for name, p in zip(group["param_names"], group["params"], strict=True):
@@ -330,8 +292,7 @@ class GSGD(torch.optim.Optimizer):
             self._group_of = [group_of[p] for p in engine.tensors.values()]
             for p in engine.tensors.values():
                 state = self.state.get(p, {})
-                if state.get("momentum_buffer") is not None:
-                    state["momentum_buffer"] = state["momentum_buffer"].to(p)
+                state.update({n: state[n].to(p) for n in self.moments if state.get(n) is not None})
         return engine
 
     # steps
@@ -354,31 +315,33 @@ class GSGD(torch.optim.Optimizer):
         for name, g in zip(engine.tensors, gradients, strict=True):
             if g is not None and g.is_sparse:
                 raise TypeError(f"gradient of {name!r}: expected a dense tensor, got a sparse one")
-        groups = [(float(g["lr"]), g["momentum"], g["weight_decay"], g["nesterov"]) for g in self.param_groups]
         maximize = [g["maximize"] for g in self.param_groups]
         if any(maximize):
             pairs = zip(gradients, self._group_of, strict=True)
             gradients = [-g if g is not None and maximize[i] else g for g, i in pairs]
-        buffers = [
-            self._buffer(p) if groups[i][1] else None
-            for p, i in zip(engine.tensors.values(), self._group_of, strict=True)
-        ]
-        engine.step(
-            gradients,
-            buffers,
-            [groups[i] for i in self._group_of],
-            self._max_ratio,
-            usable_threads(self._threads or torch.get_num_threads()),
-            self._stats,
-        )
+        rates, which = self._rates(engine, gradients)
+        moments = [self._moments(p, rates[i]) for p, i in zip(engine.tensors.values(), which, strict=True)]
+        threads = usable_threads(self._threads or torch.get_num_threads())
+        engine.step(gradients, moments, rates, which, self._max_ratio, threads, self._stats)
         return loss
 
-    def _buffer(self, p: Tensor) -> Tensor:
+    def _rates(
+        self, engine: _CoreEngine | _ArrayEngine, gradients: list[Tensor | None]
+    ) -> tuple[list[Rates], list[int]]:
+        """Hyperparameters, and which of them are those of each parameter."""
+        return [self.rates(g, 1) for g in self.param_groups], self._group_of
+
+    def _moments(self, p: Tensor, rates: Rates) -> tuple[Tensor | None, Tensor | None]:
+        """First and second moment of a parameter, zero where they are new; None where there is none."""
+        if not (rates.has_m or rates.has_v):
+            return None, None
         state = self.state[p]
-        if state.get("momentum_buffer") is None:
-            state["momentum_buffer"] = torch.zeros_like(p)
-        buffer: Tensor = state["momentum_buffer"]
-        return buffer
+        found = []
+        for name, has in zip(self.moments, (rates.has_m, rates.has_v), strict=True):
+            if has and state.get(name) is None:
+                state[name] = torch.zeros_like(p)
+            found.append(state[name] if has else None)
+        return found[0], found[1]
 
     # state
 
@@ -418,3 +381,191 @@ class GSGD(torch.optim.Optimizer):
             for name, value in self.defaults.items():
                 group.setdefault(name, value)
         self._engine = None
+
+
+class GSGD(_PathOptimizer):
+    """G-SGD (Meng et al., ICLR 2019) as a drop-in for `torch.optim.SGD`.
+
+    Parameters
+    ----------
+    params : nn.Module, or named parameters, or param groups of named parameters
+        A module is traced and all its parameters are trained. Otherwise ``model.named_parameters()``, or dicts with
+        "params" (of named parameters) and their own lr, momentum, nesterov, weight_decay, maximize.
+    lr, momentum, nesterov, weight_decay, maximize
+        As in `torch.optim.SGD`, on the coordinates that `gsgd.GSGD` describes.
+    network : gsgd.Network, optional
+        The network of named parameters. Parameters that it does not mention take plain SGD steps. A parameter that
+        it mentions and that is not given, or does not require a gradient now, pins the units that it meets.
+    example_inputs, residual, batch_norm
+        For tracing a module, see `trace`.
+    scale, rule, max_ratio, threads
+        See `gsgd.GSGD`. `threads` is torch.get_num_threads() by default.
+
+    Notes
+    -----
+    Float32 and float64 tensors on the CPU are updated by the C core in place, without copies, on the strides that
+    they have. Other tensors take the same step in array operations on their device.
+
+    A parameter whose gradient is None takes no step of its own: its paths keep their values, for which its weights
+    may have to follow a unit that is rescaled.
+
+    Raises
+    ------
+    FloatingPointError
+        In `step`, on the CPU: a gradient or a path ratio is not finite. On other devices such a step is left out.
+    """
+
+    moments = ("momentum_buffer", "")
+
+    @staticmethod
+    def rates(group: Mapping[str, Any], step: int) -> Rates:
+        """SGD's."""
+        return sgd(group["lr"], group["momentum"], group["nesterov"], group["weight_decay"])
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float | Tensor = 0.1,
+        momentum: float = 0.0,
+        nesterov: bool = False,
+        weight_decay: float = 0.0,
+        *,
+        network: Network | None = None,
+        example_inputs: Any = None,
+        residual: Residual = "tie",
+        batch_norm: BatchNormMode = "exact",
+        scale: ScaleName = "balanced",
+        rule: Rule = "modulo",
+        max_ratio: float = 10.0,
+        maximize: bool = False,
+        threads: int | None = None,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "momentum": momentum,
+            "nesterov": nesterov,
+            "weight_decay": weight_decay,
+            "maximize": maximize,
+        }
+        more = (network, example_inputs, residual, batch_norm, scale, rule, max_ratio, threads)
+        super().__init__(params, defaults, *more)
+
+    @classmethod
+    def paper(cls, model: nn.Module, lr: float | Tensor = 0.1, **options: Any) -> GSGD:
+        """The paper's own method: residual "pin", batch_norm "paper", rule "modulo", scale "ones".
+
+        It overwrites the skeleton weights of `model` by 1 (section 11.2).
+        """
+        return cls(model, lr, residual="pin", batch_norm="paper", rule="modulo", scale="ones", **options)
+
+
+class GAdam(_PathOptimizer):
+    """Adam on the values of basis paths, as a drop-in for `torch.optim.AdamW` (and `Adam`).
+
+    Parameters
+    ----------
+    params, network, example_inputs, residual, batch_norm, scale, rule, max_ratio, threads, maximize
+        See `GSGD`.
+    lr, betas, eps, weight_decay
+        As in `torch.optim.AdamW`, on the coordinates that `gsgd.GSGD` describes.
+    decoupled : bool
+        Whether the weight decay is AdamW's, or added to the gradient as in Adam.
+    """
+
+    moments = ("exp_avg", "exp_avg_sq")
+
+    @staticmethod
+    def rates(group: Mapping[str, Any], step: int) -> Rates:
+        """Adam's."""
+        return adam(group["lr"], group["betas"], group["eps"], group["weight_decay"], group["decoupled"], step)
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        decoupled: bool = True,
+        *,
+        network: Network | None = None,
+        example_inputs: Any = None,
+        residual: Residual = "tie",
+        batch_norm: BatchNormMode = "exact",
+        scale: ScaleName = "balanced",
+        rule: Rule = "modulo",
+        max_ratio: float = 10.0,
+        maximize: bool = False,
+        threads: int | None = None,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "decoupled": decoupled,
+            "maximize": maximize,
+        }
+        more = (network, example_inputs, residual, batch_norm, scale, rule, max_ratio, threads)
+        super().__init__(params, defaults, *more)
+
+    def _rates(
+        self, engine: _CoreEngine | _ArrayEngine, gradients: list[Tensor | None]
+    ) -> tuple[list[Rates], list[int]]:
+        """The bias corrections are of the number of steps that a parameter itself has taken."""
+        place: dict[tuple[int, int], int] = {}
+        which = []
+        for p, g, group in zip(engine.tensors.values(), gradients, self._group_of, strict=True):
+            state = self.state[p]
+            state["step"] = int(state.get("step", 0)) + (g is not None)
+            which.append(place.setdefault((group, max(1, state["step"])), len(place)))
+        return [self.rates(self.param_groups[group], step) for group, step in place], which
+
+
+class GRMSprop(_PathOptimizer):
+    """RMSProp on the values of basis paths, as a drop-in for `torch.optim.RMSprop`.
+
+    Parameters
+    ----------
+    params, network, example_inputs, residual, batch_norm, scale, rule, max_ratio, threads, maximize
+        See `GSGD`.
+    lr, alpha, eps, weight_decay, momentum
+        As in `torch.optim.RMSprop`, on the coordinates that `gsgd.GSGD` describes.
+    """
+
+    moments = ("momentum_buffer", "square_avg")
+
+    @staticmethod
+    def rates(group: Mapping[str, Any], step: int) -> Rates:
+        """RMSProp's."""
+        return rmsprop(group["lr"], group["alpha"], group["eps"], group["weight_decay"], group["momentum"])
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float | Tensor = 1e-2,
+        alpha: float = 0.99,
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        momentum: float = 0.0,
+        *,
+        network: Network | None = None,
+        example_inputs: Any = None,
+        residual: Residual = "tie",
+        batch_norm: BatchNormMode = "exact",
+        scale: ScaleName = "balanced",
+        rule: Rule = "modulo",
+        max_ratio: float = 10.0,
+        maximize: bool = False,
+        threads: int | None = None,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "alpha": alpha,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "momentum": momentum,
+            "maximize": maximize,
+        }
+        more = (network, example_inputs, residual, batch_norm, scale, rule, max_ratio, threads)
+        super().__init__(params, defaults, *more)
