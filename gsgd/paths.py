@@ -186,11 +186,22 @@ def symmetry_residual(params: Mapping[str, Any], grads: Mapping[str, Any], net: 
     return np.abs(difference[:-1]) / np.where(size > 0, size, 1.0)
 
 
+def path_kappa(params: Mapping[str, Any], net: Network) -> dict[str, Floats]:
+    """kappa of every weight: the sum over all paths through it of the squares of the other weights (section 8)."""
+    arrays = check_parameters(params, net, writable=False)
+    sums, _ = _path_sums(net, {name: np.square(a.astype(np.float64)) for name, a in arrays.items()})
+    kappa = {name: np.empty(a.shape) for name, a in arrays.items()}
+    for block in net.blocks:
+        p_in, p_out = sums[id(block)]
+        block.view(kappa[block.name])[...] = (p_in * p_out)[..., None, None, None]
+    return kappa
+
+
 class PathSGD:
     """Path-SGD (Neyshabur et al., 2015): ``w <- w - lr g / kappa``, the paper's baseline in section 5.3.
 
     kappa of an edge u -> v is P_in(u) P_out(v), the sum over all paths through it of the squares of the other
-    weights (method section 8).
+    weights (method section 8). A weight through which no path of non-zero weights leads stays.
 
     Parameters
     ----------
@@ -214,14 +225,8 @@ class PathSGD:
         for name, g in gradients.items():
             if not np.isfinite(g).all():
                 raise FloatingPointError(f"gradient of {name!r} is not finite")
-        squares = {n: np.square(self._arrays[n].astype(np.float64)) for n in self._net.shapes}
-        sums, _ = _path_sums(self._net, squares)
-        for block in self._net.blocks:
-            p_in, p_out = sums[id(block)]
-            kappa = (p_in * p_out)[..., None, None, None]
-            w = block.view(self._arrays[block.name])
-            with np.errstate(divide="ignore", invalid="ignore"):
-                change = np.where(kappa > 0, self.lr * block.view(gradients[block.name]) / kappa, 0.0)
-            w -= change.astype(w.dtype)
+        for name, kappa in path_kappa(self._arrays, self._net).items():
+            w, g = self._arrays[name], gradients[name]
+            w -= np.divide(self.lr * g, kappa, out=np.zeros_like(kappa), where=kappa > 0).astype(w.dtype)
         for name in gradients.keys() - self._net.shapes.keys():
             self._arrays[name] -= self.lr * gradients[name]

@@ -11,6 +11,7 @@ from networks import PARTS, Model, mlp, models
 from oracles import Structure, all_paths, balanced_scale, modulo_trees, rescaled
 
 import gsgd
+import gsgd.torch
 
 SMALL = ["layer", "residual", "concat", "shuffle", "batch_norm", "sigmoid"]
 small_models = models(parts=SMALL, zeros=False, max_parts=2)
@@ -163,3 +164,18 @@ def test_approximate_batch_norm_is_no_symmetry(mode: str) -> None:
     ):
         with pytest.raises(ValueError, match="exact"):
             refuse()
+
+
+def test_path_sgd_in_pytorch_is_that_on_arrays() -> None:
+    model = mlp(4, 6, 5, 3)
+    params = model.copy()
+    parameters = [(name, torch.nn.Parameter(torch.from_numpy(p.copy()))) for name, p in params.items()]
+    own, other = gsgd.PathSGD(params, model.net, lr=0.01), gsgd.torch.PathSGD(parameters, lr=0.01, network=model.net)
+    for _ in range(3):
+        grads = model.gradients(params)
+        for name, p in parameters:
+            p.grad = torch.from_numpy(grads[name])
+        own.step(grads)
+        other.step()
+    for name, p in parameters:
+        np.testing.assert_allclose(p.detach().numpy(), params[name], rtol=1e-12)

@@ -1,7 +1,7 @@
 """G-SGD for PyTorch models."""
 
-from gsgd.torch.optimizer import GSGD, GAdam, GRMSprop
+from gsgd.torch.optimizer import GSGD, GAdam, GRMSprop, PathSGD
 from gsgd.torch.trace import trace
 from gsgd.torch.verify import SymmetryError, verify
 
-__all__ = ["GSGD", "GAdam", "GRMSprop", "SymmetryError", "trace", "verify"]
+__all__ = ["GSGD", "GAdam", "GRMSprop", "PathSGD", "SymmetryError", "trace", "verify"]

@@ -19,6 +19,7 @@ from gsgd import reference
 from gsgd.arrays import check_parameters
 from gsgd.network import BatchNormMode, Network, Residual
 from gsgd.optimizer import ScaleName, Stats, usable_threads
+from gsgd.paths import path_kappa, require_symmetry
 from gsgd.rates import Rates, adam, rmsprop, sgd
 from gsgd.skeleton import Rule, Skeleton, batch_norm_gradients, explain, make_plan
 from gsgd.torch.trace import trace
@@ -49,6 +50,21 @@ def _refuse_unsupported(name: str, p: Tensor) -> None:
         )
     if p.is_sparse or not p.is_floating_point() or p.device.type == "meta":
         raise TypeError(f"parameter {name!r}: expected a dense floating-point tensor, got {p.dtype} on {p.device}")
+
+
+def named_network(
+    params: Params, network: Network | None, example_inputs: Any, residual: Residual, batch_norm: BatchNormMode
+) -> tuple[Any, Network]:
+    """Named parameters, and the network that is given or that tracing finds."""
+    if isinstance(params, nn.Module):
+        model, params = params, list(params.named_parameters())
+        for name, p in params:
+            _refuse_unsupported(name, p)
+        if network is None:
+            network = trace(model, example_inputs, residual=residual, batch_norm=batch_norm)
+    if network is None:
+        raise ValueError("network: expected a gsgd.Network, or a module as the first argument")
+    return params, network
 
 
 def _followers(net: Network) -> set[str]:
@@ -206,18 +222,11 @@ class _PathOptimizer(torch.optim.Optimizer):
             raise ValueError(f"max_ratio: expected a finite number > 1, got {max_ratio!r}")
         if threads is not None and threads < 1:
             raise ValueError(f"threads: expected at least 1, got {threads!r}")
-        if isinstance(params, nn.Module):
-            model, params = params, list(params.named_parameters())
-            for name, p in params:
-                _refuse_unsupported(name, p)
-            if network is None:
-                network = trace(model, example_inputs, residual=residual, batch_norm=batch_norm)
-        if network is None:
-            raise ValueError("network: expected a gsgd.Network, or a module as the first argument")
+        named, network = named_network(params, network, example_inputs, residual, batch_norm)
         self._engine: _CoreEngine | _ArrayEngine | None = None
         self._max_ratio, self._threads = max_ratio, threads
         self._stats = Stats()
-        super().__init__(params, defaults)
+        super().__init__(named, defaults)
         tensors = self._tensors()
         for name in network.shapes:
             if name in tensors and tuple(tensors[name].shape) != network.shapes[name]:
@@ -569,3 +578,61 @@ class GRMSprop(_PathOptimizer):
         }
         more = (network, example_inputs, residual, batch_norm, scale, rule, max_ratio, threads)
         super().__init__(params, defaults, *more)
+
+
+class PathSGD(torch.optim.Optimizer):
+    """Path-SGD (Neyshabur et al., 2015): ``w <- w - lr g / kappa``, see `gsgd.PathSGD`.
+
+    Parameters
+    ----------
+    params, network, example_inputs, residual
+        See `GSGD`.
+    lr : float
+
+    Notes
+    -----
+    A baseline, not made for speed: every step computes kappa on the CPU, in float64.
+    """
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float | Tensor = 0.1,
+        *,
+        network: Network | None = None,
+        example_inputs: Any = None,
+        residual: Residual = "tie",
+    ) -> None:
+        named, self.network = named_network(params, network, example_inputs, residual, "exact")
+        require_symmetry(self.network)
+        super().__init__(named, {"lr": lr})
+        for group in self.param_groups:
+            sgd(group["lr"], 0.0, False, 0.0)
+            if "param_names" not in group:
+                raise ValueError("params: expected named parameters, as model.named_parameters() gives them")
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+    @overload
+    def step(self, closure: Closure) -> Any: ...
+    @torch.no_grad()
+    def step(self, closure: Closure | None = None) -> Any:
+        """Update the parameters; `closure`, if given, is called first and its loss returned."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        named = [(n, p, g["lr"]) for g in self.param_groups for n, p in zip(g["param_names"], g["params"], strict=True)]
+        kappa = path_kappa({n: p.detach().double().cpu().numpy() for n, p, _ in named}, self.network)
+        for name, p, lr in named:
+            if p.grad is None:
+                continue
+            step = p.grad
+            if name in kappa:
+                k = torch.from_numpy(kappa[name]).to(p)
+                step = torch.where(k > 0, p.grad / k, 0)
+            p.sub_(lr * step)
+        return loss
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "network": self.network}
