@@ -1,7 +1,7 @@
 # make demo     train on the digits: SGD and G-SGD, from a start and from a rescaled copy of it
-# make test     the C core under sanitizers, then the Python suite on the installed package
+# make test     the C core under sanitizers, then the Python suite and the notebooks on the installed package
 # make lint     ruff, mypy, clang-format, and the compiler with warnings as errors
-# make bench    the step against PyTorch's optimizers
+# make bench    the step against PyTorch's optimizers; make bench-training: whole training steps
 # make valgrind, make sanitize    the C core under valgrind; the Python suite with a sanitized extension
 #
 # Everything is installed in .venv, made with $(PYTHON).
@@ -17,7 +17,7 @@ CORE_FLAGS := -std=c11 -g -O1 -ffp-contract=off -fno-math-errno -Wall -Wextra -W
 SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=all
 OPENMP := $(shell echo 'int main(void) { return 0; }' | $(CC) -fopenmp -x c -o /dev/null - 2>/dev/null && echo -fopenmp)
 
-.PHONY: demo test lint bench valgrind sanitize clean
+.PHONY: demo test lint bench bench-training valgrind sanitize clean
 
 demo: .venv/demo
 	$(BIN)/python -P -m gsgd.demo
@@ -26,6 +26,7 @@ test: .venv/dev build/core-sanitize build/core-sanitize-serial
 	build/core-sanitize
 	build/core-sanitize-serial
 	$(BIN)/pytest -q
+	GSGD_EPOCHS=2 $(BIN)/pytest -q --nbmake notebooks
 
 lint: .venv/dev
 	$(BIN)/ruff check
@@ -36,6 +37,9 @@ lint: .venv/dev
 
 bench: .venv/dev
 	$(BIN)/python -P benchmarks/step.py
+
+bench-training: .venv/dev
+	$(BIN)/python -P benchmarks/training.py
 
 valgrind: build/core
 	@command -v valgrind >/dev/null || { echo "valgrind is missing: apt install valgrind" >&2; exit 1; }
