@@ -146,6 +146,18 @@ class Features:
         )
 
 
+def segment(nodes: Ids) -> tuple[Ids, int, str]:
+    """Channels, positions and order, if these are flattened maps; otherwise as many channels of one position."""
+    n, same = len(nodes), nodes == nodes[0]
+    run = n if same.all() else int(np.argmin(same))
+    if 1 < run < n and n % run == 0 and (nodes == np.repeat(nodes[::run], run)).all():
+        return nodes[::run], run, "channels_first"
+    period = 1 + int(np.argmax(same[1:])) if same[1:].any() else n
+    if 1 < period < n and n % period == 0 and (nodes == np.tile(nodes[:period], n // period)).all():
+        return nodes[:period], n // period, "channels_last"
+    return nodes, 1, "channels_first"
+
+
 @dataclass(frozen=True, eq=False)
 class _Layer:
     """One parameter as it was described; `parts` holds the columns' segments with their offsets."""
@@ -218,6 +230,17 @@ class Network:
         for node in nodes:
             self._pins.setdefault(self._find(node), reason)
         self._compiled = None
+
+    def _pin_unmet(self) -> None:
+        """Pin units that no layer reads or that none writes, of a network that was traced."""
+        compiled = self._compile(check=False)
+        for attribute, reason in (("cols", "never read"), ("rows", "never written")):
+            met = np.zeros(len(compiled.labels), dtype=bool)
+            for block in compiled.blocks:
+                ids = getattr(block, attribute)
+                met[ids[ids >= 0]] = True
+            units = compiled.unit_of_node
+            self._pin(np.flatnonzero((units >= 0) & ~np.append(met, True)[units]).tolist(), reason)
 
     def _features(self, nodes: Ids) -> Features:
         return Features(self, ((nodes, 1, "channels_first"),))
@@ -343,12 +366,17 @@ class Network:
             self._source_layer(bias, "bias", rows)
         return self._features(rows)
 
-    def _source_layer(self, name: str, kind: str, rows: Ids) -> None:
-        """A vector of edges from a pinned source: a bias, or a batch normalization's weight."""
+    def _source_layer(self, name: str, kind: str, rows: Ids, shape: tuple[int, ...] | None = None) -> None:
+        """A vector of edges from a pinned source: a bias, or a batch normalization's weight.
+
+        `shape` may add axes of extent 1, on which the vector is broadcast.
+        """
+        shape = shape or (len(rows),)
+        axis = max(range(len(shape)), key=lambda a: shape[a])
         source = self._new(1, name)
         self._pin(source.tolist(), "constant")
-        dims = (Dim(), Dim(len(rows), 0, 1), Dim(), Dim(), Dim(), Dim())
-        self._add_layer(_Layer(name, kind, (len(rows),), ((dims, (0, 0), rows, source),)))
+        dims = (Dim(), Dim(len(rows), axis, 1), Dim(), Dim(), Dim(), Dim(axis=len(shape) - 1))
+        self._add_layer(_Layer(name, kind, shape, ((dims, (axis, 0), rows, source),)))
 
     def homogeneous(self, x: Features) -> Features:
         """Any map f of single channels with f(c x) = c f(x) for c > 0: it passes units through."""

@@ -174,6 +174,11 @@ def convert(t: Tables, asarray: Callable[[NDArray[Any]], Array]) -> Tables:
 # reading blocks and trees
 
 
+def _real(xp: Any) -> Any:
+    """In what the trees are computed: float64, or float32 where a namespace has no more (JAX without its x64 mode)."""
+    return xp.__array_namespace_info__().dtypes(kind="real floating").get("float64", xp.float32)
+
+
 def view(xp: Any, b: BlockTables, arrays: Sequence[Array | None]) -> Array:
     """The block's entries, (groups, rows, cols, t0, t1, t2); None where there is no array."""
     return None if arrays[b.array] is None else b.block.view(arrays[b.array], xp)
@@ -203,19 +208,19 @@ def _take(xp: Any, x: Array, ids: Array) -> Array:
 
 
 def _at_tree(xp: Any, t: Tables, tree: TreeTables, arrays: Sequence[Array | None], end: float) -> Array:
-    """The entries of `arrays` at the edges of a tree, one per unit in float64.
+    """The entries of `arrays` at the edges of a tree, one per unit.
 
     `end` where there is no edge, 0 where there is no array.
     """
-    where = device(tree.order)
+    where, real = device(tree.order), _real(xp)
     found = []
     for k, entries in zip(tree.blocks, tree.entries, strict=True):
         if arrays[t.blocks[k].array] is None:
-            found.append(xp.zeros(entries.shape, dtype=xp.float64, device=where))
+            found.append(xp.zeros(entries.shape, dtype=real, device=where))
         else:
             values = xp.take(xp.reshape(view(xp, t.blocks[k], arrays), (-1,)), entries)
-            found.append(xp.astype(values, xp.float64))
-    found.append(xp.full((1,), end, dtype=xp.float64, device=where))
+            found.append(xp.astype(values, real))
+    found.append(xp.full((1,), end, dtype=real, device=where))
     return xp.take(xp.concat(found), tree.order)
 
 
@@ -255,17 +260,16 @@ class Solution:
 def gather(t: Tables, weights: Sequence[Array], sums: Sequence[Array | None]) -> Array:
     """S per chain root: the sum of w g over the edges that leave the units of a chain, free edges left out."""
     xp = array_namespace(*weights)
+    where, real = device(weights[0]), _real(xp)
     columns = []
     for b in t.blocks:
-        if sums[b.array] is None:
-            columns.append(
-                xp.zeros((b.block.extents[0] * b.block.extents[2],), dtype=xp.float64, device=device(weights[0]))
-            )
+        if sums[b.array] is None or (b.block.cols == PINNED).all():  # of pinned sources no sum is needed
+            columns.append(xp.zeros((b.block.extents[0] * b.block.extents[2],), dtype=real, device=where))
             continue
-        products = xp.astype(view(xp, b, weights) * view(xp, b, sums), xp.float64)
+        products = xp.astype(view(xp, b, weights) * view(xp, b, sums), real)
         products = xp.where(b.free, xp.zeros_like(products), products)
         columns.append(xp.reshape(xp.sum(products, axis=(1, 3, 4, 5)), (-1,)))
-    columns.append(xp.zeros((1,), dtype=xp.float64, device=device(weights[0])))
+    columns.append(xp.zeros((1,), dtype=real, device=where))
     return xp.sum(_take(xp, xp.concat(columns), t.columns_of_root), axis=1)
 
 
@@ -277,7 +281,7 @@ def solve(
     s: Array,
     moments: Sequence[Moments],
     rates: Sequence[Rates],
-    max_ratio: float,
+    max_ratio: float | Array,
 ) -> Solution:
     """On the trees: chain products, the inverse chain rule, path ratios."""
     xp = array_namespace(*weights)
@@ -297,7 +301,7 @@ def solve(
         m, v = m if new_m is None else xp.where(here, new_m, m), xp.where(here, new_v, v)
     ratio = xp.clip(r, 1 / max_ratio, max_ratio)
     finite = xp.all(xp.isfinite(r)) & xp.all(xp.isfinite(1 / x)) & xp.all(xp.isfinite(x))
-    return Solution(a, b, ratio, xp.take(ratio, t.root), m, v, xp.sum(xp.astype(r != ratio, xp.int64)), finite)
+    return Solution(a, b, ratio, xp.take(ratio, t.root), m, v, xp.count_nonzero(r != ratio), finite)
 
 
 def _among(xp: Any, ids: Array, wanted: Sequence[int], count: int) -> Array:
@@ -357,7 +361,7 @@ def step(
     sums: Sequence[Array | None],
     moments: Sequence[Moments],
     rates: Sequence[Rates],
-    max_ratio: float = 10.0,
+    max_ratio: float | Array = 10.0,
 ) -> tuple[list[Array], list[Moments], Solution]:
     """Gather, solve, apply."""
     s = gather(t, weights, sums)

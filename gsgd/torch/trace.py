@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from gsgd.network import BatchNormMode, Features, Network, Residual
+from gsgd.network import BatchNormMode, Features, Network, Residual, segment
 
 Nodes = NDArray[np.int64]
 
@@ -335,14 +335,7 @@ class _Describe(_Follow):
         for name, module in model.named_modules():
             for t in _own_tensors(module):
                 self.pin(self.nodes(t), f"kept by {name or 'the model'}")
-        compiled = self.net._compile(check=False)
-        for attribute, reason in (("cols", "never read"), ("rows", "never written")):
-            met = np.zeros(len(compiled.labels), dtype=bool)
-            for block in compiled.blocks:
-                ids = getattr(block, attribute)
-                met[ids[ids >= 0]] = True
-            units = compiled.unit_of_node
-            self.net._pin(np.flatnonzero((units >= 0) & ~np.append(met, True)[units]).tolist(), reason)
+        self.net._pin_unmet()
 
     def pin(self, nodes: Tensor, reason: str) -> None:
         self.net._pin(np.unique(_compact(nodes)[0]).tolist(), reason)
@@ -447,8 +440,8 @@ class _Describe(_Follow):
     def linear(self, out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         name = self.weight(weight)
         nodes = self.read(x, -1)
-        segment = (nodes, 1, "channels_first") if self.pinned(nodes).all() else _segment(nodes)
-        features = Features(self.net, (segment,))
+        part = (nodes, 1, "channels_first") if self.pinned(nodes).all() else segment(nodes)
+        features = Features(self.net, (part,))
         y = self.net.dense(name, features, weight.shape[0], bias=self.described(bias))
         return self.written(y, bias, -1, out.shape)
 
@@ -633,15 +626,3 @@ def _compact(*tensors: Tensor) -> tuple[Nodes, ...]:
     strides = zip(*(t.stride() for t in tensors), strict=True)
     index = tuple(slice(None) if any(steps) else slice(0, 1) for steps in strides)
     return tuple(t[index].numpy() for t in tensors)
-
-
-def _segment(nodes: Nodes) -> tuple[Nodes, int, str]:
-    """Channels, positions and order, if these are flattened maps; otherwise as many channels of one position."""
-    n, same = len(nodes), nodes == nodes[0]
-    run = n if same.all() else int(np.argmin(same))
-    if 1 < run < n and n % run == 0 and (nodes == np.repeat(nodes[::run], run)).all():
-        return nodes[::run], run, "channels_first"
-    period = int(np.argmax(same[1:])) + 1
-    if period > 1 and same[1:].any() and n % period == 0 and (nodes == np.tile(nodes[:period], n // period)).all():
-        return nodes[:period], n // period, "channels_last"
-    return nodes, 1, "channels_first"

@@ -1,0 +1,349 @@
+"""Gradient descent on the values of basis paths as Optax transformations: `gsgd`, `gadam`, `grmsprop`.
+
+A loop that was written for Optax changes one line, the one that makes the optimizer:
+
+>>> import jax, jax.numpy as jnp, optax
+>>> import gsgd.jax, gsgd.optax
+>>> def apply(params, x):
+...     return jax.nn.relu(x @ params["hidden"]["kernel"] + params["hidden"]["bias"]) @ params["out"]["kernel"]
+>>> def loss(params, x, y):
+...     return jnp.mean((apply(params, x) - y) ** 2)
+>>> keys = jax.random.split(jax.random.key(0), 4)
+>>> params = {
+...     "hidden": {"kernel": jax.random.normal(keys[0], (4, 8)) / 2, "bias": jnp.zeros(8)},
+...     "out": {"kernel": jax.random.normal(keys[1], (8, 1)) / 3},
+... }
+>>> x, y = jax.random.normal(keys[2], (32, 4)), jax.random.normal(keys[3], (32, 1))
+>>> tx = gsgd.optax.gsgd(0.1, gsgd.jax.trace(apply, params, x), momentum=0.9)  # was: optax.sgd(0.1, momentum=0.9)
+>>> state = tx.init(params)
+>>> @jax.jit
+... def step(params, state):
+...     updates, state = tx.update(jax.grad(loss)(params, x, y), state, params)
+...     return optax.apply_updates(params, updates), state
+>>> before = loss(params, x, y)
+>>> for _ in range(20):
+...     params, state = step(params, state)
+>>> bool(loss(params, x, y) < before)
+True
+
+Parameters are any pytree. The network names its leaves by their key paths, joined by dots: "hidden.kernel" above,
+"layers.0.weight" in an Equinox module; see `gsgd.jax.names`. Leaves that the network does not mention take the plain
+steps of SGD, Adam or RMSProp; parameters that `optax.masked` or `optax.multi_transform` keeps from a transformation
+pin the units that they meet.
+
+An update is the difference of new and old weights, so these transformations belong at the end of `optax.chain`
+(clipping, before; nothing that changes updates, after) and `update` must be given `params`. Weights that never move
+(the skeleton's out-edges) have updates of exactly 0; at the others `params + updates` rounds once more than the step
+itself. Per-unit numbers are computed in float64 in JAX's x64 mode and in float32 without it.
+
+Where a gradient or a path ratio is not finite, updates are 0 and the state stays as it is, its `count` included:
+raising an error would mean waiting for the device.
+
+`init` chooses the skeleton by the weights' values, passing over exact zeros. Inside ``jax.jit`` and ``jax.vmap``
+(over seeds, say) it has no values: there the skeleton is the one of non-zero weights, the same for every seed, and the
+reference scale is found by a host callback, which raises an error if a skeleton weight turns out to be 0.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from numpy.typing import NDArray
+
+from gsgd import reference
+from gsgd.jax import names
+from gsgd.network import Network
+from gsgd.rates import Rates, adam, rmsprop, sgd
+from gsgd.skeleton import Rule, Skeleton, make_plan
+
+Array: TypeAlias = jax.Array
+Tree: TypeAlias = Any
+Number: TypeAlias = float | Array
+Schedule: TypeAlias = Number | Callable[[Array], Number]
+ScaleName = Literal["balanced", "initial"]
+
+
+@jax.tree_util.register_static
+@dataclass(frozen=True)
+class Trees:
+    """The skeleton of a network: a part of the state that has no values, equal when its digest is."""
+
+    digest: str
+    tables: reference.Tables = field(compare=False, repr=False)
+
+
+class State(NamedTuple):
+    """The state of `gsgd`, `gadam` and `grmsprop`.
+
+    Attributes
+    ----------
+    count, clamped : int arrays
+        Counts of steps taken, and of path ratios that were clamped.
+    in_weights, out_weights, c : arrays, shape (H + 1,)
+        The reference scale (method section 4), and 1 at the end.
+    m, v : pytrees like the parameters, or None
+        First and second moments of the coordinates' gradients.
+    trees : Trees
+    """
+
+    count: Array  # type: ignore[assignment, unused-ignore]  # Optax's name, and a method of tuples
+    clamped: Array
+    in_weights: Array
+    out_weights: Array
+    c: Array
+    m: Tree
+    v: Tree
+    trees: Trees
+
+
+def gsgd(
+    learning_rate: Schedule,
+    network: Network,
+    momentum: Number = 0.0,
+    nesterov: bool = False,
+    weight_decay: Number = 0.0,
+    scale: ScaleName = "balanced",
+    rule: Rule = "modulo",
+    max_ratio: Number = 10.0,
+) -> optax.GradientTransformation:
+    """G-SGD: stochastic gradient descent in the positively scale-invariant space (Meng et al., ICLR 2019).
+
+    Parameters
+    ----------
+    learning_rate : float or schedule
+        A schedule is given the number of steps taken.
+    network : Network
+        Of parameters named by their key paths, see `gsgd.jax.names`.
+    momentum, nesterov, weight_decay, scale, rule, max_ratio
+        See `gsgd.GSGD`. There is no scale "ones", which would overwrite weights.
+
+    Raises
+    ------
+    ValueError, TypeError
+        Hyperparameters are not as they should be; or, in `init`, names, shapes or dtypes of the parameters.
+    """
+    options = {"momentum": momentum, "nesterov": nesterov, "weight_decay": weight_decay}
+    _check(sgd, {"lr": learning_rate, **options})
+
+    def rates(lr: Number, step: Array) -> Rates:
+        return Rates(lr, momentum, weight_decay, nesterov=nesterov)
+
+    return _transformation(learning_rate, network, rates, _is_set(momentum), False, scale, rule, max_ratio)
+
+
+def gadam(
+    learning_rate: Schedule,
+    network: Network,
+    b1: Number = 0.9,
+    b2: Number = 0.999,
+    eps: Number = 1e-8,
+    weight_decay: Number = 0.0,
+    decoupled: bool = True,
+    scale: ScaleName = "balanced",
+    rule: Rule = "modulo",
+    max_ratio: Number = 10.0,
+) -> optax.GradientTransformation:
+    """Adam on the values of basis paths, with the options of `optax.adamw`.
+
+    Parameters
+    ----------
+    learning_rate, network, scale, rule, max_ratio
+        See `gsgd`.
+    b1, b2, eps, weight_decay, decoupled
+        ``betas=(b1, b2)`` and the others of `gsgd.GAdam`.
+    """
+    options = {"eps": eps, "weight_decay": weight_decay, "decoupled": decoupled}
+    _check(lambda b1, b2, **o: adam(betas=(b1, b2), **o), {"lr": learning_rate, "b1": b1, "b2": b2, **options})
+
+    def rates(lr: Number, step: Array) -> Rates:
+        # 1 - b ** step cancels in float32
+        correct_m, correct_v = (-1 / jnp.expm1(step * jnp.log(b)) for b in (b1, b2))
+        return Rates(lr, b1, weight_decay, b2, eps, correct_m, correct_v, decoupled=decoupled, method="adam")
+
+    return _transformation(learning_rate, network, rates, True, True, scale, rule, max_ratio)
+
+
+def grmsprop(
+    learning_rate: Schedule,
+    network: Network,
+    decay: Number = 0.9,
+    eps: Number = 1e-8,
+    weight_decay: Number = 0.0,
+    momentum: Number = 0.0,
+    scale: ScaleName = "balanced",
+    rule: Rule = "modulo",
+    max_ratio: Number = 10.0,
+) -> optax.GradientTransformation:
+    """RMSProp on the values of basis paths, as ``optax.rmsprop(..., eps_in_sqrt=False)``.
+
+    Parameters
+    ----------
+    learning_rate, network, scale, rule, max_ratio
+        See `gsgd`.
+    decay, eps, weight_decay, momentum
+        ``alpha=decay`` and the others of `gsgd.GRMSprop`.
+    """
+    options = {"eps": eps, "weight_decay": weight_decay, "momentum": momentum}
+    _check(lambda decay, **o: rmsprop(alpha=decay, **o), {"lr": learning_rate, "decay": decay, **options})
+
+    def rates(lr: Number, step: Array) -> Rates:
+        return Rates(lr, momentum, weight_decay, decay, eps, method="rmsprop")
+
+    return _transformation(learning_rate, network, rates, _is_set(momentum), True, scale, rule, max_ratio)
+
+
+def _is_set(x: Number) -> bool:
+    """Whether a hyperparameter may differ from 0: one that is injected may at any time."""
+    return not isinstance(x, int | float) or x != 0
+
+
+def _check(make: Callable[..., Rates], hyperparameters: Mapping[str, Any]) -> None:
+    """Check those that are plain numbers: others have no values yet, or are schedules."""
+    make(**{name: x if isinstance(x, int | float) else 0.5 for name, x in hyperparameters.items()})
+
+
+def _transformation(
+    learning_rate: Schedule,
+    network: Network,
+    rates: Callable[[Number, Array], Rates],
+    has_m: bool,
+    has_v: bool,
+    scale: ScaleName,
+    rule: Rule,
+    max_ratio: Number,
+) -> optax.GradientTransformation:
+    if scale not in ("balanced", "initial"):
+        raise ValueError(f"scale: expected 'balanced' or 'initial', got {scale!r}")
+    if rule not in ("modulo", "largest"):
+        raise ValueError(f"rule: expected 'modulo' or 'largest', got {rule!r}")
+    if isinstance(max_ratio, int | float) and not (math.isfinite(max_ratio) and max_ratio > 1):
+        raise ValueError(f"max_ratio: expected a finite number > 1, got {max_ratio!r}")
+    if any(b.batch_norm for b in network.blocks):
+        raise ValueError("batch_norm 'paper' and 'released' are not supported here; describe the network with 'exact'")
+
+    def init(params: Tree) -> State:
+        trees, found = _anchor(params, network, scale, rule)
+        zeros = jax.tree.map(jnp.zeros_like, params)
+        none = jnp.zeros([], jnp.int32)
+        return State(none, none, *found, zeros if has_m else None, zeros if has_v else None, trees)
+
+    def update(updates: Tree, state: State, params: Tree = None) -> tuple[Tree, State]:
+        if params is None:
+            raise ValueError("expected params: tx.update(grads, state, params)")
+        weights = [jnp.asarray(w) for w in jax.tree.leaves(params)]
+        structure: Any = jax.tree.structure(params)
+        # None where the parameter takes no step of its own: its paths keep their values
+        gradients = [None if g is None else jnp.asarray(g) for g in structure.flatten_up_to(updates)]
+        moments = [[None] * len(weights) if x is None else structure.flatten_up_to(x) for x in (state.m, state.v)]
+        lr = learning_rate(state.count) if callable(learning_rate) else learning_rate
+        new, new_moments, solution = reference.step(
+            reference.convert(state.trees.tables, _constant),
+            reference.Scale(state.in_weights, state.out_weights, state.c),
+            weights,
+            gradients,
+            gradients,
+            list(zip(*moments, strict=True)),
+            [rates(lr, state.count + 1)] * len(weights),
+            max_ratio,
+        )
+        finite = solution.finite
+        for g in gradients:
+            finite &= True if g is None else jnp.isfinite(g).all()
+
+        def changed(old: Array, value: Array) -> Array:
+            return jnp.where(finite, value.astype(old.dtype), old)
+
+        m, v = (
+            None if olds is None else structure.unflatten(map(changed, old, value))
+            for olds, old, value in zip((state.m, state.v), moments, zip(*new_moments, strict=True), strict=True)
+        )
+        updates = structure.unflatten(changed(w, x) - w for w, x in zip(weights, new, strict=True))
+        clamped = jnp.where(finite, solution.clamped, 0).astype(jnp.int32)
+        return updates, state._replace(count=state.count + finite, clamped=state.clamped + clamped, m=m, v=v)
+
+    return optax.GradientTransformation(init, update)
+
+
+def _constant(x: NDArray[Any]) -> Array:
+    """An array of the tables; a mask as a comparison, which takes no memory of its own in a compiled step.
+
+    In a mask of tree edges at most one entry is True in each row (of in-edges), or in each column (of out-edges).
+    """
+    if x.dtype != bool or x.ndim != 6 or not x.size:
+        return jnp.asarray(x)
+    if not x.any():
+        return jnp.zeros([1] * 6, bool)
+    once = (2, 3, 4, 5) if x.sum(axis=(2, 3, 4, 5)).max() <= 1 else (1, 3, 4, 5)
+    extents = [n if axis in once else 1 for axis, n in enumerate(x.shape)]
+    places = np.arange(math.prod(extents)).reshape(extents)
+    found = np.where(x, places, -1).max(axis=once, keepdims=True)
+    return jnp.arange(places.size).reshape(extents) == jnp.asarray(found)
+
+
+def _anchor(params: Tree, network: Network, scale: ScaleName, rule: Rule) -> tuple[Trees, tuple[Array, Array, Array]]:
+    """The skeleton and the reference scale of `params`."""
+    leaves = dict(zip(names(params), jax.tree.leaves(params), strict=True))
+    network = _restrict(network, params, leaves)
+    for name, x in leaves.items():
+        if not jnp.issubdtype(jnp.result_type(x), jnp.floating):
+            raise TypeError(f"parameter {name!r}: expected floating point numbers, got {jnp.result_type(x)}")
+    traced = any(isinstance(x, jax.core.Tracer) for x in leaves.values())
+    if traced and rule == "largest":
+        raise ValueError("rule 'largest' chooses by values: call init outside of jit and vmap")
+    host = {n: np.ones(np.shape(x), np.float32) if traced else _on_host(x) for n, x in leaves.items()}
+    skeleton = Skeleton(network, host, rule, _scaled=scale == "balanced")
+
+    _, blocks = make_plan(network, host, "reference")
+    number = {name: i for i, name in enumerate(leaves)}
+    tables = reference.tables(network.num_units, [(number[b.name], b) for b in blocks], *skeleton.edge_arrays)
+    digest = hashlib.sha256(repr(list(host)).encode())
+    for b in blocks:
+        digest.update(repr((b.name, b.dims, b.start)).encode() + b.rows.tobytes() + b.cols.tobytes())
+    for edges in skeleton.edge_arrays:
+        digest.update(edges.tobytes())
+    real = jnp.result_type(float)
+
+    def reference_scale(*arrays: Any) -> list[NDArray[Any]]:
+        values = dict(zip(network.shapes, map(_on_host, arrays), strict=True))
+        for edge in (*skeleton.in_edges, *skeleton.out_edges):
+            if edge is not None and not np.abs(values[edge[0]][edge[1]]) > 0:
+                what = f"{edge[0]}{list(edge[1])}"
+                raise ValueError(f"the skeleton weight {what} is 0: call init outside of jit and vmap")
+        c = skeleton.balanced_scale(values) if scale == "balanced" else np.ones(network.num_units)
+        return [np.append(x, 1.0).astype(real) for x in (*skeleton.tree_weights(values), c)]
+
+    arrays = [leaves[name] for name in network.shapes]
+    if traced:
+        shape = jax.eval_shape(lambda: jnp.zeros(network.num_units + 1, real))
+        found = jax.pure_callback(reference_scale, [shape] * 3, *arrays, vmap_method="sequential")
+    else:
+        found = [jnp.asarray(x) for x in reference_scale(*arrays)]
+    return Trees(digest.hexdigest(), tables), found
+
+
+def _restrict(network: Network, params: Tree, leaves: Mapping[str, Any]) -> Network:
+    """The network of the parameters that are there: those masked out pin what they meet, others must not be missing."""
+    shown = jax.tree.map(lambda x: "masked" if _is_masked(x) else x, params, is_leaf=_is_masked)
+    masked = [name for name, x in zip(names(shown), jax.tree.leaves(shown), strict=True) if isinstance(x, str)]
+    missing = [name for name in network.shapes if name not in leaves]
+    for name in missing:
+        if not any(name == m or name.startswith(f"{m}.") for m in masked):
+            raise ValueError(f"parameter {name!r} of the network is missing in params, which has {', '.join(leaves)}")
+    return network.without(missing, "meets a parameter of another transformation") if missing else network
+
+
+def _is_masked(x: Any) -> bool:
+    return isinstance(x, optax.MaskedNode)
+
+
+def _on_host(x: Any) -> NDArray[Any]:
+    a = np.asarray(x)
+    return a if a.dtype == np.float64 else a.astype(np.float32)

@@ -1,0 +1,304 @@
+"""The Optax transformations: the core's steps, under everything that Optax and JAX do to a transformation."""
+
+from __future__ import annotations
+
+import doctest
+import itertools
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+from networks import Model
+
+import gsgd
+
+jax = pytest.importorskip("jax", reason="JAX is not installed")
+optax = pytest.importorskip("optax", reason="Optax is not installed")
+jnp = jax.numpy
+gopt = pytest.importorskip("gsgd.optax")
+jax.config.update("jax_disable_most_optimizations", True)  # compiling is what takes time here
+
+Make = Callable[..., Any]
+SIZES = [5, 6, 4, 2]
+
+
+@pytest.fixture
+def x64() -> Iterator[None]:
+    jax.config.update("jax_enable_x64", True)  # the context manager of this name is not that of callbacks
+    yield
+    jax.config.update("jax_enable_x64", False)
+
+
+def everything() -> Model:
+    """hwio and grouped kernels, a tied residual, batch normalization, flattened maps channels last, an io layer."""
+    model = Model(3, 2, (4, 3))
+    h = model.activation(model.conv(model.x, 4, (3, 3), layout="hwio"), "relu")
+    r = model.activation(model.batch_norm(model.conv(h, 4, (3, 1), groups=2, bias=False, layout="hwio")), "relu")
+    x = model.flatten(model.add(h, r, "tie"), "channels_last")
+    return model.output(model.dense(model.activation(model.dense(x, 6, layout="io"), "abs"), 3, layout="io"))
+
+
+def chain() -> gsgd.Network:
+    """What `forward` is."""
+    net = gsgd.Network()
+    x = net.input(SIZES[0])
+    for i, size in enumerate(SIZES[1:]):
+        x = net.dense(f"{i}.kernel", net.relu(x), size, bias=f"{i}.bias", layout="io")
+    net.output(x)
+    return net
+
+
+def start(key: Any) -> list[dict[str, Any]]:
+    shapes = list(itertools.pairwise(SIZES))
+    keys = jax.random.split(key, len(shapes))
+    return [
+        {"kernel": jax.random.normal(k, s) * np.sqrt(2 / s[0]), "bias": jnp.zeros(s[1])}
+        for k, s in zip(keys, shapes, strict=True)
+    ]
+
+
+def forward(params: Any, x: Any) -> Any:
+    for layer in params[:-1]:
+        x = jax.nn.relu(x @ layer["kernel"] + layer["bias"])
+    return x @ params[-1]["kernel"] + params[-1]["bias"]
+
+
+def inputs() -> Any:
+    return np.random.default_rng(1).standard_normal((16, SIZES[0]))
+
+
+def loss(params: Any) -> Any:
+    x = jnp.asarray(inputs())
+    return jnp.mean((forward(params, x) - jnp.sin(x[:, :2])) ** 2)
+
+
+def train(tx: Any, params: Any, state: Any, steps: int) -> Any:
+    """Weights and state after `steps`, in one compiled loop."""
+
+    def step(carry: Any, _: None) -> Any:
+        params, state = carry
+        updates, state = tx.update(jax.grad(loss)(params), state, params)
+        return (optax.apply_updates(params, updates), state), None
+
+    return jax.lax.scan(step, (params, state), None, steps)[0]
+
+
+def assert_close(a: Any, b: Any, **tolerance: Any) -> None:
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, **tolerance), a, b)
+
+
+METHODS: dict[str, tuple[Make, Make]] = {
+    "sgd": (lambda net, **o: gopt.gsgd(0.1, net, **o), lambda p, net, **o: gsgd.GSGD(p, net, 0.1, **o)),
+    "nesterov": (
+        lambda net, **o: gopt.gsgd(0.1, net, 0.9, True, 1e-3, **o),
+        lambda p, net, **o: gsgd.GSGD(p, net, 0.1, 0.9, True, 1e-3, **o),
+    ),
+    "adam": (
+        lambda net, **o: gopt.gadam(0.01, net, weight_decay=1e-3, decoupled=False, **o),
+        lambda p, net, **o: gsgd.GAdam(p, net, lr=0.01, weight_decay=1e-3, decoupled=False, **o),
+    ),
+    "adamw": (
+        lambda net, **o: gopt.gadam(0.01, net, 0.8, 0.99, weight_decay=1e-2, **o),
+        lambda p, net, **o: gsgd.GAdam(p, net, lr=0.01, betas=(0.8, 0.99), weight_decay=1e-2, **o),
+    ),
+    "rmsprop": (
+        lambda net, **o: gopt.grmsprop(0.01, net, momentum=0.9, **o),
+        lambda p, net, **o: gsgd.GRMSprop(p, net, lr=0.01, alpha=0.9, momentum=0.9, **o),
+    ),
+}
+
+
+def compare_with_core(method: str, dtype: type, rtol: float, **options: Any) -> None:
+    model = everything()
+    params: Any = {n: w.astype(dtype) for n, w in model.copy().items()}
+    params["alone"] = np.ones(3, dtype)
+    ours, core = METHODS[method]
+    tx, opt = ours(model.net, **options), core(params, model.net, **options)
+    weights = {n: jnp.array(w) for n, w in params.items()}
+    state, update = tx.init(weights), jax.jit(tx.update)
+    for _ in range(5):
+        double = {n: params[n].astype(np.float64) for n in model.params}
+        grads: Any = {n: g.astype(dtype) for n, g in model.gradients(double).items()}
+        grads["alone"] = np.full(3, 0.1, dtype)
+        updates, state = update(grads, state, weights)
+        weights = optax.apply_updates(weights, updates)
+        opt.step(grads)
+    assert all(w.dtype == dtype for w in weights.values())
+    assert_close(weights, params, rtol=rtol, atol=rtol)
+    for name, free in opt.skeleton.free.items():
+        np.testing.assert_array_equal(np.asarray(updates[name])[free], 0)
+    assert update._cache_size() == 1
+    assert (int(state.count), int(state.clamped)) == (opt.stats.steps, opt.stats.clamped)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.usefixtures("x64")
+def test_steps_are_the_core_s(method: str) -> None:
+    compare_with_core(method, np.float64, 1e-10)
+
+
+@pytest.mark.parametrize(("method", "options"), [("nesterov", {"scale": "initial"}), ("adamw", {"rule": "largest"})])
+def test_steps_without_x64(method: str, options: dict[str, Any]) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        compare_with_core(method, np.float32, 3e-4, **options)
+
+
+OPTAX: dict[str, tuple[Make, Make]] = {
+    "nesterov": (lambda: optax.sgd(0.03, 0.9, True), lambda net: gopt.gsgd(0.03, net, 0.9, True)),
+    "adamw": (lambda: optax.adamw(0.01, weight_decay=0.1), lambda net: gopt.gadam(0.01, net, weight_decay=0.1)),
+    "rmsprop": (
+        lambda: optax.rmsprop(0.01, eps_in_sqrt=False, momentum=0.9),
+        lambda net: gopt.grmsprop(0.01, net, momentum=0.9),
+    ),
+}
+
+
+@pytest.mark.parametrize("method", OPTAX)
+@pytest.mark.usefixtures("x64")
+def test_invariant_as_optax_is_not_and_equal_where_nothing_can_be_rescaled(method: str) -> None:
+    net = chain()
+    params = start(jax.random.key(0))
+    named = {f"{i}.{n}": np.array(w) for i, layer in enumerate(params) for n, w in layer.items()}
+    gsgd.rescale(named, net, 10 ** np.random.default_rng(0).uniform(-1, 1, net.num_units))
+    rescaled = [{n: jnp.array(named[f"{i}.{n}"]) for n in layer} for i, layer in enumerate(params)]
+    both = jax.tree.map(lambda *x: jnp.stack(x), params, rescaled)
+
+    def outputs(tx: Any) -> Any:
+        ends, _ = jax.jit(lambda p: jax.vmap(lambda p: train(tx, p, tx.init(p), 50))(p))(both)
+        return jax.vmap(lambda p: forward(p, inputs()))(ends)
+
+    theirs, ours = OPTAX[method]
+    first, second = outputs(ours(net))
+    assert np.abs(first - forward(params, inputs())).max() > 0.1
+    np.testing.assert_allclose(first, second, rtol=1e-6, atol=1e-8)
+    control, plain = outputs(theirs()), outputs(ours(gsgd.Network()))
+    assert not np.allclose(control[0], control[1], atol=1e-3)
+    np.testing.assert_allclose(control[0], plain[0], rtol=1e-9)
+
+
+@pytest.mark.usefixtures("x64")
+def test_seeds_in_parallel_are_seeds_one_by_one() -> None:
+    tx = gopt.gsgd(0.1, chain(), momentum=0.9)
+    keys = jax.random.split(jax.random.key(3), 3)
+
+    def run(key: Any) -> Any:
+        params = start(key)
+        return train(tx, params, tx.init(params), 10)
+
+    one = jax.jit(lambda p, s: train(tx, p, s, 10))
+    together, states = jax.jit(jax.vmap(run))(keys)
+    assert states.count.shape == (3,)
+    for i, key in enumerate(keys):
+        params = start(key)
+        alone, _ = one(params, tx.init(params))
+        assert_close(jax.tree.map(lambda x, i=i: x[i], together), alone, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.usefixtures("x64")
+def test_schedules_and_what_optax_wraps_around() -> None:
+    net, params = chain(), start(jax.random.key(1))
+    schedule = optax.exponential_decay(0.1, 1, 0.8)
+    named = {f"{i}.{n}": np.array(w) for i, layer in enumerate(params) for n, w in layer.items()}
+    opt = gsgd.GSGD(named, net, momentum=0.9)
+    for step in range(4):
+        opt.lr = float(schedule(step))
+        grads = jax.grad(loss)([{n: named[f"{i}.{n}"] for n in layer} for i, layer in enumerate(params)])
+        opt.step({f"{i}.{n}": np.array(g) for i, layer in enumerate(grads) for n, g in layer.items()})
+    expected = [{n: named[f"{i}.{n}"] for n in layer} for i, layer in enumerate(params)]
+
+    wrapped = {
+        "injected, chained": optax.chain(
+            optax.clip_by_global_norm(1e6), optax.inject_hyperparams(gopt.gsgd)(schedule, net, momentum=0.9)
+        ),
+        "every second": optax.MultiSteps(gopt.gsgd(schedule, net, momentum=0.9), 2),
+    }
+    for name, tx in wrapped.items():
+        run = jax.jit(lambda p, s, n, tx=tx: train(tx, p, s, n), static_argnums=2)
+        steps = 1 if name == "every second" else 4
+        found, state = params, tx.init(params)
+        for _ in range(4 if steps == 1 else 1):  # twice the same gradient is one step
+            found, state = run(found, state, 2 if steps == 1 else steps)
+        assert_close(found, expected, rtol=1e-6, atol=1e-7)  # the schedule is in float32
+        assert run._cache_size() == 1
+
+
+@pytest.mark.usefixtures("x64")
+def test_parameters_of_another_transformation_pin_what_they_meet() -> None:
+    net, params = chain(), start(jax.random.key(2))
+    labels = [{n: "frozen" if i == 1 else "paths" for n in layer} for i, layer in enumerate(params)]
+    tx = optax.multi_transform({"paths": gopt.gsgd(0.1, net), "frozen": optax.set_to_zero()}, labels)
+    restricted = net.without(["1.kernel", "1.bias"], "frozen")
+    named = {f"{i}.{n}": np.array(w) for i, layer in enumerate(params) if i != 1 for n, w in layer.items()}
+    opt = gsgd.GSGD(named, restricted, 0.1)
+    grads = jax.grad(loss)(params)
+    updates, _ = jax.jit(tx.update)(grads, tx.init(params), params)
+    opt.step({n: np.array(grads[int(n[0])][n[2:]]) for n in named})
+    found = optax.apply_updates(params, updates)
+    assert_close(found[1], params[1])
+    for name, w in named.items():
+        np.testing.assert_allclose(found[int(name[0])][name[2:]], w, rtol=1e-12)
+
+
+def test_a_step_that_is_not_finite_is_left_out() -> None:
+    params = start(jax.random.key(0))
+    tx = gopt.gsgd(0.01, chain(), momentum=0.9)
+    update = jax.jit(tx.update)
+    grads = jax.tree.map(jnp.ones_like, params)
+    _, state = update(grads, tx.init(params), params)
+    grads[2]["bias"] = grads[2]["bias"].at[1].set(jnp.nan)
+    updates, after = update(grads, state, params)
+    assert all((np.asarray(u) == 0).all() for u in jax.tree.leaves(updates))
+    jax.tree.map(np.testing.assert_array_equal, after, state)
+
+
+def test_parameters_of_numpy_and_no_gradient() -> None:
+    params = jax.tree.map(np.asarray, start(jax.random.key(0)))
+    tx = gopt.gsgd(0.1, chain())
+    grads = jax.tree.map(np.ones_like, params)
+    grads[-1]["bias"] = None
+    updates, _ = tx.update(grads, tx.init(params), params)
+    np.testing.assert_array_equal(updates[-1]["bias"], 0)
+    assert np.abs(updates[0]["bias"]).min() > 0
+
+
+def test_what_is_wrong_is_said() -> None:
+    net, params = chain(), start(jax.random.key(0))
+    tx = gopt.gsgd(0.1, net)
+    with pytest.raises(ValueError, match="expected params"):
+        tx.update(params, tx.init(params))
+    with pytest.raises(ValueError, match=r"'2.kernel' of the network is missing in params, which has .*1.kernel"):
+        tx.init(params[:2])
+    with pytest.raises(ValueError, match=r"'0.kernel': expected shape \(5, 6\)"):
+        tx.init([{**params[0], "kernel": params[0]["kernel"].T}, *params[1:]])
+    with pytest.raises(TypeError, match="'3': expected floating point"):
+        tx.init([*params, jnp.zeros(3, int)])
+    with pytest.raises(ValueError, match="outside of jit and vmap"):
+        jax.eval_shape(gopt.gsgd(0.1, net, rule="largest").init, params)
+    for wrong in ({"momentum": -1.0}, {"nesterov": True}, {"scale": "ones"}, {"rule": "x"}, {"max_ratio": 1.0}):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            gopt.gsgd(0.1, net, **wrong)
+
+
+def test_zero_weights_need_an_init_with_values() -> None:
+    params = start(jax.random.key(0))
+    params[1]["kernel"] = params[1]["kernel"].at[0].set(0)
+    tx = gopt.gsgd(0.1, chain())
+    state = tx.init(params)
+    assert np.isfinite(state.c).all()
+    with pytest.raises(Exception, match=r"skeleton weight 1.kernel\[0, 0\] is 0"):
+        jax.block_until_ready(jax.jit(tx.init)(params))
+
+
+def test_the_example_runs() -> None:
+    pytest.importorskip("gsgd.jax")
+    assert doctest.testmod(gopt).failed == 0
+
+
+def test_gsgd_alone_does_not_import_jax() -> None:
+    code = "import sys, gsgd; sys.exit('jax' in sys.modules or 'optax' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
