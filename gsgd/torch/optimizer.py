@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import operator
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from itertools import chain
@@ -85,6 +86,7 @@ class _CoreEngine:
         self.layouts = [(p.stride(), p.dtype) for p in self.aliases]
         follow = _followers(net)
         self.following = [name in follow for name in tensors]
+        self.has_warned = False
         self.plan, _ = make_plan(net, self.arrays, "c")
         self.trees = (anchor.in_edges, anchor.out_edges)
         self.plan.set_trees(*self.trees)
@@ -149,6 +151,7 @@ class _ArrayEngine:
         self.aliases = [p.detach() for p in tensors.values()]
         follow = _followers(net)
         self.following = [name in follow for name in tensors]
+        self.has_warned = False
         device = self.aliases[0].device
 
         def asarray(x: NDArray[Any]) -> Tensor:
@@ -324,6 +327,8 @@ class _PathOptimizer(torch.optim.Optimizer):
         for name, g in zip(engine.tensors, gradients, strict=True):
             if g is not None and g.is_sparse:
                 raise TypeError(f"gradient of {name!r}: expected a dense tensor, got a sparse one")
+        if None in gradients:
+            self._warn_of_frozen(engine)
         maximize = [g["maximize"] for g in self.param_groups]
         if any(maximize):
             pairs = zip(gradients, self._group_of, strict=True)
@@ -333,6 +338,17 @@ class _PathOptimizer(torch.optim.Optimizer):
         threads = usable_threads(self._threads or torch.get_num_threads())
         engine.step(gradients, moments, rates, which, self._max_ratio, threads, self._stats)
         return loss
+
+    def _warn_of_frozen(self, engine: _CoreEngine | _ArrayEngine) -> None:
+        """Once per engine: a parameter that was frozen after construction follows the units that it reads."""
+        for (name, p), follows in zip(engine.tensors.items(), engine.following, strict=True):
+            if follows and not p.requires_grad and not engine.has_warned:
+                engine.has_warned = True
+                warnings.warn(
+                    f"parameter {name!r} was frozen after the optimizer was made: it keeps its paths' values, not its "
+                    "weights. Make a new optimizer to keep it as it is.",
+                    stacklevel=4,
+                )
 
     def _rates(
         self, engine: _CoreEngine | _ArrayEngine, gradients: list[Tensor | None]
