@@ -121,7 +121,7 @@ def balanced_scale(blocks: Sequence[Block], arrays: Mapping[str, NDArray[Any]], 
 
 
 def _best_shifts(energy: Floats) -> Floats:
-    """The d of least sum of energy[i, j] exp(2 d[i] - 2 d[j]), the last of them 0: Newton's method with halved steps."""
+    """The d of least sum of energy[i, j] exp(2 d[i] - 2 d[j]), the last one 0: Newton's method with halved steps."""
     d = np.zeros(len(energy))
     np.fill_diagonal(energy, 0)
 

@@ -919,7 +919,7 @@ def test_children_of_a_process_that_ran_in_parallel() -> None:
         print(opt.stats.steps)
     """
     run = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(script)], timeout=100, capture_output=True, text=True, check=False
+        [sys.executable, "-P", "-c", textwrap.dedent(script)], timeout=100, capture_output=True, text=True, check=False
     )
     assert (run.returncode, run.stdout.strip()) == (0, "6"), run.stderr
 

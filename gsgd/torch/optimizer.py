@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import operator
 import warnings
 from collections import Counter
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 from gsgd import reference
 from gsgd.arrays import check_parameters
 from gsgd.network import BatchNormMode, Network, Residual
-from gsgd.optimizer import ScaleName, Stats, usable_threads
+from gsgd.optimizer import ScaleName, Stats, check_max_ratio, check_scale, check_threads, usable_threads
 from gsgd.paths import path_kappa, require_symmetry
 from gsgd.rates import Rates, adam, rmsprop, sgd
 from gsgd.skeleton import Rule, Skeleton, batch_norm_gradients, explain, make_plan
@@ -219,15 +218,11 @@ class _PathOptimizer(torch.optim.Optimizer):
         max_ratio: float,
         threads: int | None,
     ) -> None:
-        if scale not in ("balanced", "initial", "ones"):
-            raise ValueError(f"scale: expected 'balanced', 'initial' or 'ones', got {scale!r}")
-        if not (math.isfinite(max_ratio) and max_ratio > 1):
-            raise ValueError(f"max_ratio: expected a finite number > 1, got {max_ratio!r}")
-        if threads is not None and threads < 1:
-            raise ValueError(f"threads: expected at least 1, got {threads!r}")
+        check_scale(scale)
+        self._max_ratio = check_max_ratio(max_ratio)
+        self._threads = None if threads is None else check_threads(threads)
         named, network = named_network(params, network, example_inputs, residual, batch_norm)
         self._engine: _CoreEngine | _ArrayEngine | None = None
-        self._max_ratio, self._threads = max_ratio, threads
         self._stats = Stats()
         super().__init__(named, defaults)
         tensors = self._tensors()
@@ -241,6 +236,7 @@ class _PathOptimizer(torch.optim.Optimizer):
         arrays = {name: p.detach().cpu() for name, p in tensors.items()}
         plain = {n: (a if a.dtype == torch.float64 else a.float()).numpy() for n, a in arrays.items()}
         skeleton = Skeleton(self.network, plain, rule, _scaled=scale == "balanced")
+        skeleton.warn_of_pinned()
         c = skeleton.balanced_scale(plain) if scale == "balanced" else np.ones(self.network.num_units)
         ones = np.ones(self.network.num_units)
         tree_weights = (ones, ones) if scale == "ones" else skeleton.tree_weights(plain)
