@@ -90,11 +90,15 @@ def tables(units: int, blocks: Sequence[tuple[int, Block]], in_edges: Edges, out
         return np.where(can_move[units_of], units_of, units)
 
     def ends(edges: Edges, source: bool) -> NDArray[np.int64]:
+        """The other ends of in-edges (their sources) or of out-edges."""
         found = np.full(units + 1, units, dtype=np.int64)
         for u in np.flatnonzero(active):
             block = blocks[edges[u, 0]][1]
             g, r, c, *_ = np.unravel_index(edges[u, 1], block.extents)
-            found[u] = block.cols[g * block.dims[2].extent + c] if source else block.rows[g * block.dims[1].extent + r]
+            row, col = block.rows[g * block.dims[1].extent + r], block.cols[g * block.dims[2].extent + c]
+            if u != (row if source else col):
+                raise ValueError(f"the skeleton edges of unit {u} make no tree")
+            found[u] = col if source else row
         return ids(found)
 
     def tree(edges: Edges, ends: NDArray[np.int64]) -> TreeTables:
