@@ -121,17 +121,20 @@ def report(runs: Runs) -> str:
     for lr, method in product(rates, METHODS):
         own, rescaled = (cells(runs[lr, method, start]) for start in STARTS)
         lines.append(f"{lr:<15g}{method:5}{own}{rescaled}{gap(runs, lr, method):23.1e}")
-    worst, at_worst = max((gap(runs, lr, "G-SGD"), lr) for lr in rates)
-    least, at_least = min((gap(runs, lr, "SGD"), lr) for lr in rates)
-    most = "diverged" if math.isinf(worst) else f"at most {worst:.1e}"
-    low = "diverged at every rate" if math.isinf(least) else f"at least {least:.1e} (learning rate {at_least:g})"
     lines += [
         "",
         "loss: cross-entropy over the training set after the last epoch. test error: wrong answers.",
         "difference: between the training losses from the two starts, at any epoch; inf: one diverged, or did earlier.",
-        f"G-SGD: {most} (learning rate {at_worst:g}): rounding, which unstable training amplifies.",
-        f"SGD: {low}, though both starts are the same function.",
     ]
+    for method, choose, bound, meaning in (
+        ("G-SGD", max, "at most", ": rounding, which unstable training amplifies"),
+        ("SGD", min, "at least", ", though both starts are the same function"),
+    ):
+        trained = [lr for lr in rates if not all(runs[lr, method, start].diverged for start in STARTS)]
+        if trained:
+            value, lr = choose((gap(runs, lr, method), lr) for lr in trained)
+            size = "one start alone diverged" if math.isinf(value) else f"{bound} {value:.1e}"
+            lines.append(f"{method}: {size} (learning rate {lr:g}){meaning}.")
     return "\n".join(lines)
 
 
@@ -201,7 +204,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, help="the loss curves (default: gsgd-demo-DATA.png)")
     options = parser.parse_args(arguments)
     output = options.output or Path(f"gsgd-demo-{options.data}.png")
-    if not os.access(output if output.exists() else output.parent, os.W_OK) or output.is_dir():
+    folder = output.parent
+    if output.is_dir() or not folder.is_dir() or not os.access(output if output.exists() else folder, os.W_OK):
         parser.error(f"--output {output}: expected a file in a folder that can be written to")
     if output.suffix[1:] not in (formats := Figure().canvas.get_supported_filetypes()):
         parser.error(f"--output {output}: expected a name that ends in one of {', '.join(formats)}")

@@ -384,6 +384,8 @@ class _Describe(_Follow):
             if id(t) in self.parameters:
                 raise _NotUnderstood(f"its weight {self.parameters[id(t)]} is read {self.reads[id(t)]} times")
             raise _NotUnderstood("its weight is computed, or shares its memory")
+        if not t.numel():
+            raise _NotUnderstood("its weight has no entries")
         return name
 
     # operations
