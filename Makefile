@@ -1,5 +1,6 @@
 # make demo     train on the digits: SGD and G-SGD, from a start and from a rescaled copy of it
-# make test     the C core under sanitizers, then the Python suite and the notebooks on the installed package
+# make test     the C core under sanitizers (the same bits with and without OpenMP), then the Python suite and the
+#               notebooks on the installed package
 # make lint     ruff, mypy, clang-format, and the compiler with warnings as errors
 # make bench    the step against PyTorch's optimizers; make bench-training: whole training steps
 # make valgrind, make sanitize    the C core under valgrind; the Python suite with a sanitized extension
@@ -23,8 +24,9 @@ demo: .venv/demo
 	$(BIN)/python -P -m gsgd.demo
 
 test: .venv/dev build/core-sanitize build/core-sanitize-serial
-	build/core-sanitize
-	build/core-sanitize-serial
+	build/core-sanitize >build/core.out
+	build/core-sanitize-serial >build/core-serial.out
+	cmp build/core.out build/core-serial.out
 	$(BIN)/pytest -q
 	GSGD_EPOCHS=2 $(BIN)/pytest -q --nbmake notebooks
 
@@ -66,9 +68,11 @@ build/core-sanitize-serial: $(CORE) $(wildcard csrc/*)
 	@mkdir -p build
 	$(CC) $(CORE_FLAGS) $(SANITIZE) $(CORE) -lm -o $@
 
-# Stamps: the package and what it needs are installed anew only when a source is newer.
+# Stamps: the package and what it needs are installed anew only when a source is newer. The extension is also built
+# in place: a script in the checkout imports the checkout's gsgd/.
 .venv/demo .venv/dev: .venv/%: $(SOURCES) | $(BIN)/python
-	$(PIP) ".[$*]"
+	$(PIP) ".[$*]" setuptools
+	$(BIN)/python setup.py -q build_ext --inplace
 	@touch $@
 
 $(BIN)/python:

@@ -4,6 +4,7 @@
 #include <Python.h>
 
 #include <numpy/arrayobject.h>
+#include <stdatomic.h>
 
 #include "gsgd.h"
 
@@ -24,7 +25,7 @@ typedef struct {
     gsgd_rates *rates;
     gsgd_array *array;  /* (MAX_ROLES, arrays) */
     ptrdiff_t *strides; /* (MAX_ROLES, arrays, MAX_NDIM) */
-    int busy;
+    atomic_flag busy;
 } Plan;
 
 static int type_number(gsgd_type type) { return type == GSGD_FLOAT32 ? NPY_FLOAT32 : NPY_FLOAT64; }
@@ -45,8 +46,10 @@ static const gsgd_array *take_arrays(Plan *self, PyObject *list, int role, const
             arrays[i] = (gsgd_array){NULL, NULL};
             continue;
         }
-        if (PyLong_Check(item) && role > 0) {
+        if (PyLong_CheckExact(item) && role > 0) {
             arrays[i] = (gsgd_array){PyLong_AsVoidPtr(item), self->array[i].strides};
+            if (PyErr_Occurred())
+                return NULL;
             continue;
         }
         if (!PyArray_Check(item)) {
@@ -111,12 +114,13 @@ static void *take_units(const Plan *self, PyObject *x, int number, int ndim, con
 
 /* A plan has scratch memory of its own, so that one call at a time may use it. */
 static int enter(Plan *self) {
-    if (self->busy)
-        PyErr_SetString(PyExc_RuntimeError, "the plan is in use by another thread");
-    else
-        self->busy = 1;
-    return self->busy && !PyErr_Occurred();
+    if (!atomic_flag_test_and_set(&self->busy))
+        return 1;
+    PyErr_SetString(PyExc_RuntimeError, "the plan is in use by another thread");
+    return 0;
 }
+
+static void leave(Plan *self) { atomic_flag_clear(&self->busy); }
 
 static PyObject *raise_not_finite(int64_t unit) {
     PyObject *number = PyLong_FromLongLong(unit);
@@ -235,12 +239,16 @@ static PyObject *Plan_new(PyTypeObject *type, PyObject *args, PyObject *kwargs) 
             goto done;
         }
     }
-    if (gsgd_create(&self->plan, units, arrays, types, count, block) != GSGD_OK)
-        PyErr_SetString(PyExc_ValueError, "a block refers to a unit that does not exist");
-    else if (self->plan == NULL)
-        PyErr_NoMemory();
-    else
+    switch (gsgd_create(&self->plan, units, arrays, types, count, block)) {
+    case GSGD_OK:
         ok = 1;
+        break;
+    case GSGD_NO_MEMORY:
+        PyErr_NoMemory();
+        break;
+    default:
+        PyErr_SetString(PyExc_ValueError, "a block refers to a unit that does not exist");
+    }
 done:
     PyMem_Free(block);
     PyMem_Free(types);
@@ -267,25 +275,24 @@ static void Plan_dealloc(PyObject *object) {
 static PyObject *Plan_choose_trees(PyObject *object, PyObject *args) {
     Plan *self = (Plan *)object;
     PyObject *weights, *scale, *in = NULL, *out = NULL, *result = NULL;
-    int largest;
-    if (!PyArg_ParseTuple(args, "OpO", &weights, &largest, &scale))
-        return NULL;
-    const gsgd_array *w = take_arrays(self, weights, 0, "parameter", 0, 0);
+    const gsgd_array *w;
     const double *c = NULL;
-    if (w == NULL || (scale != Py_None && (c = take_units(self, scale, NPY_FLOAT64, 1, "scale")) == NULL))
+    int largest;
+    if (!PyArg_ParseTuple(args, "OpO", &weights, &largest, &scale) || !enter(self))
         return NULL;
     npy_intp shape[2] = {self->units, 2};
-    in = PyArray_SimpleNew(2, shape, NPY_INT64);
-    out = PyArray_SimpleNew(2, shape, NPY_INT64);
-    if (in != NULL && out != NULL && enter(self)) {
-        gsgd_rule rule = largest ? GSGD_LARGEST : GSGD_MODULO;
-        gsgd_edge *to_in = PyArray_DATA((PyArrayObject *)in), *to_out = PyArray_DATA((PyArrayObject *)out);
-        Py_BEGIN_ALLOW_THREADS
-        gsgd_choose_trees(self->plan, w, rule, c, to_in, to_out);
-        Py_END_ALLOW_THREADS
-        self->busy = 0;
-        result = Py_BuildValue("OO", in, out);
-    }
+    if ((w = take_arrays(self, weights, 0, "parameter", 0, 0)) == NULL ||
+        (scale != Py_None && (c = take_units(self, scale, NPY_FLOAT64, 1, "scale")) == NULL) ||
+        (in = PyArray_SimpleNew(2, shape, NPY_INT64)) == NULL ||
+        (out = PyArray_SimpleNew(2, shape, NPY_INT64)) == NULL)
+        goto done;
+    gsgd_edge *to_in = PyArray_DATA((PyArrayObject *)in), *to_out = PyArray_DATA((PyArrayObject *)out);
+    Py_BEGIN_ALLOW_THREADS
+    gsgd_choose_trees(self->plan, w, largest ? GSGD_LARGEST : GSGD_MODULO, c, to_in, to_out);
+    Py_END_ALLOW_THREADS
+    result = Py_BuildValue("OO", in, out);
+done:
+    leave(self);
     Py_XDECREF(in);
     Py_XDECREF(out);
     return result;
@@ -308,7 +315,7 @@ static PyObject *Plan_set_trees(PyObject *object, PyObject *args) {
         Py_CLEAR(free_in);
         PyErr_Format(PyExc_ValueError, "the skeleton edges of unit %lld make no tree", (long long)unit);
     }
-    self->busy = 0;
+    leave(self);
     return free_in;
 }
 
@@ -325,7 +332,7 @@ static PyObject *Plan_set_reference(PyObject *object, PyObject *args) {
     if (!enter(self))
         return NULL;
     gsgd_set_reference(self->plan, from[0], from[1], from[2]);
-    self->busy = 0;
+    leave(self);
     Py_RETURN_NONE;
 }
 
@@ -346,6 +353,45 @@ static const gsgd_rates *take_rates(Plan *self, PyObject *x) {
     return self->rates;
 }
 
+/* The memory that an array spans: [*low, *high). */
+static void span_of(const spec *s, const gsgd_array *a, const char **low, const char **high) {
+    ptrdiff_t size = s->type == GSGD_FLOAT32 ? sizeof(float) : sizeof(double);
+    *low = a->data;
+    *high = *low + size;
+    for (int d = 0; d < s->ndim; ++d) {
+        ptrdiff_t reach = (s->shape[d] - 1) * a->strides[d] * size;
+        if (s->shape[d] == 0)
+            *high = *low;
+        else if (reach < 0)
+            *low += reach;
+        else
+            *high += reach;
+    }
+}
+
+/* Gradients are read while weights are written: one may be its parameter itself, but not overlap it
+ * otherwise. */
+static int refuse_overlap(const Plan *self, const gsgd_array *weights, const gsgd_array *gradients) {
+    for (ptrdiff_t i = 0; i < self->arrays; ++i) {
+        const spec *s = &self->spec[i];
+        const gsgd_array *w = &weights[i], *g = &gradients[i];
+        const char *w_low, *w_high, *g_low, *g_high;
+        int same = g->data == w->data;
+        for (int d = 0; same && d < s->ndim; ++d)
+            same = g->strides[d] == w->strides[d] || s->shape[d] <= 1;
+        if (g->data == NULL || same)
+            continue;
+        span_of(s, w, &w_low, &w_high);
+        span_of(s, g, &g_low, &g_high);
+        if (g_low < w_high && w_low < g_high) {
+            PyErr_Format(PyExc_ValueError, "gradient of %R overlaps the parameter in memory: pass a copy",
+                         s->name);
+            return 0;
+        }
+    }
+    return 1;
+}
+
 static PyObject *Plan_step(PyObject *object, PyObject *args) {
     Plan *self = (Plan *)object;
     PyObject *weights, *gradients, *sums, *first, *second, *rates;
@@ -364,13 +410,13 @@ static PyObject *Plan_step(PyObject *object, PyObject *args) {
         (s = sums == Py_None ? g : take_arrays(self, sums, 2, "summed gradient", 0, 0)) == NULL ||
         (m = take_arrays(self, first, 3, "first moment", 0, 1)) == NULL ||
         (v = take_arrays(self, second, 4, "second moment", 0, 1)) == NULL ||
-        (o.rates = take_rates(self, rates)) == NULL)
+        (o.rates = take_rates(self, rates)) == NULL || !refuse_overlap(self, w, g))
         goto done;
     Py_BEGIN_ALLOW_THREADS
     status = gsgd_step(self->plan, w, g, s, m, v, &o, &clamped, &unit);
     Py_END_ALLOW_THREADS
 done:
-    self->busy = 0;
+    leave(self);
     if (PyErr_Occurred())
         return NULL;
     return status == GSGD_OK ? PyLong_FromSsize_t(clamped) : raise_not_finite(unit);
@@ -389,7 +435,7 @@ static PyObject *Plan_path_values(PyObject *object, PyObject *args) {
         gsgd_path_values(self->plan, w, v, l);
         Py_END_ALLOW_THREADS
     }
-    self->busy = 0;
+    leave(self);
     if (PyErr_Occurred())
         return NULL;
     Py_RETURN_NONE;
@@ -399,7 +445,7 @@ static PyObject *Plan_path_gradients(PyObject *object, PyObject *args) {
     Plan *self = (Plan *)object;
     PyObject *weights, *gradients, *sums, *out;
     const gsgd_array *w, *g, *s, *d;
-    int finite = 1;
+    gsgd_status status = GSGD_OK;
     if (!PyArg_ParseTuple(args, "OOOO", &weights, &gradients, &sums, &out) || !enter(self))
         return NULL;
     if ((w = take_arrays(self, weights, 0, "parameter", 0, 0)) != NULL &&
@@ -407,13 +453,13 @@ static PyObject *Plan_path_gradients(PyObject *object, PyObject *args) {
         (s = take_arrays(self, sums, 2, "summed gradient", 0, 0)) != NULL &&
         (d = take_arrays(self, out, 3, "path gradient", 1, 1)) != NULL) {
         Py_BEGIN_ALLOW_THREADS
-        finite = gsgd_path_gradients(self->plan, w, g, s, d);
+        status = gsgd_path_gradients(self->plan, w, g, s, d);
         Py_END_ALLOW_THREADS
     }
-    self->busy = 0;
+    leave(self);
     if (PyErr_Occurred())
         return NULL;
-    if (!finite)
+    if (status != GSGD_OK)
         return raise_not_finite(-1);
     Py_RETURN_NONE;
 }
@@ -431,7 +477,7 @@ static PyObject *Plan_allocate(PyObject *object, PyObject *args) {
         gsgd_allocate(self->plan, w, r, to);
         Py_END_ALLOW_THREADS
     }
-    self->busy = 0;
+    leave(self);
     if (PyErr_Occurred())
         return NULL;
     Py_RETURN_NONE;

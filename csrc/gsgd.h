@@ -23,8 +23,9 @@ typedef enum { GSGD_FLOAT32, GSGD_FLOAT64 } gsgd_type;
 
 typedef enum {
     GSGD_OK = 0,
+    GSGD_NO_MEMORY,
     GSGD_BAD_BLOCK,  /* a block refers to an array or a unit that does not exist */
-    GSGD_BAD_TREE,   /* an edge does not meet its unit, is zero, or following edges never ends */
+    GSGD_BAD_TREE,   /* an edge does not meet its unit, or following edges never ends */
     GSGD_NOT_FINITE, /* a gradient, a path value or a path ratio is not finite */
 } gsgd_status;
 
@@ -81,8 +82,8 @@ typedef struct {
 typedef struct gsgd_plan gsgd_plan;
 
 /** Plan a network of `units` units whose weights lie in `arrays` arrays of the given `types`. Blocks are in
- * the order in which the network computes; no entry may belong to two of them. On success *plan is to be
- * given to gsgd_destroy; NULL with GSGD_OK means that memory ran out. */
+ * the order in which the network computes; no entry may belong to two of them. GSGD_NO_MEMORY or
+ * GSGD_BAD_BLOCK leave *plan NULL; otherwise it is to be given to gsgd_destroy. */
 gsgd_status gsgd_create(gsgd_plan **plan, ptrdiff_t units, ptrdiff_t arrays, const gsgd_type *types,
                         ptrdiff_t blocks, const gsgd_block *block);
 
@@ -120,10 +121,10 @@ gsgd_status gsgd_step(gsgd_plan *plan, const gsgd_array *weights, const gsgd_arr
 void gsgd_path_values(gsgd_plan *plan, const gsgd_array *weights, const gsgd_array *values,
                       const gsgd_array *logs);
 
-/** The inverse chain rule (section 4.2): dl/dv per weight, float64, NaN where it is free. 0 if a sum is not
- * finite. */
-int gsgd_path_gradients(gsgd_plan *plan, const gsgd_array *weights, const gsgd_array *gradients,
-                        const gsgd_array *sums, const gsgd_array *out);
+/** The inverse chain rule (section 4.2): dl/dv per weight, float64, NaN where it is free. GSGD_NOT_FINITE
+ * when a sum is not finite: nothing is written. */
+gsgd_status gsgd_path_gradients(gsgd_plan *plan, const gsgd_array *weights, const gsgd_array *gradients,
+                                const gsgd_array *sums, const gsgd_array *out);
 
 /** Weight allocation (section 4.3): the weights, in the weights' own type, whose basis paths are `ratios`
  * (float64) times those of `weights`. Ratios of free weights are not read. */

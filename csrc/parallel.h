@@ -22,11 +22,14 @@ static inline void run_parallel(int threads, void (*body)(void *, int), void *co
     body(context, 1);
 }
 
-/* Wait for the other threads of run_parallel. */
-static inline void wait_for_all(void) {
+/* Wait for the other threads of run_parallel, which was given as many. */
+static inline void wait_for_all(int threads) {
 #ifdef _OPENMP
+    if (threads > 1) {
 #pragma omp barrier
+    }
 #endif
+    (void)threads;
 }
 
 /* The next piece of shared work: pieces are handed out, so that a thread that is held up holds up nobody. */

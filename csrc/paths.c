@@ -74,10 +74,11 @@ void gsgd_path_values(gsgd_plan *plan, const gsgd_array *weights, const gsgd_arr
     }
 }
 
-int gsgd_path_gradients(gsgd_plan *plan, const gsgd_array *weights, const gsgd_array *gradients,
-                        const gsgd_array *sums, const gsgd_array *out) {
-    if (!gsgd_gather(plan, weights, gradients, sums))
-        return 0;
+gsgd_status gsgd_path_gradients(gsgd_plan *plan, const gsgd_array *weights, const gsgd_array *gradients,
+                                const gsgd_array *sums, const gsgd_array *out) {
+    gsgd_status status = gsgd_gather(plan, weights, gradients, sums);
+    if (status != GSGD_OK)
+        return status;
     products(plan);
     gsgd_bind(plan, out, offsetof(block, m));
     for (ptrdiff_t k = 0; k < plan->blocks; ++k) {
@@ -96,7 +97,7 @@ int gsgd_path_gradients(gsgd_plan *plan, const gsgd_array *weights, const gsgd_a
             store(GSGD_FLOAT64, &b->m, index, d);
         } while (advance(b, index));
     }
-    return 1;
+    return GSGD_OK;
 }
 
 void gsgd_allocate(gsgd_plan *plan, const gsgd_array *weights, const gsgd_array *ratios,

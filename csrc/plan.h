@@ -63,7 +63,7 @@ struct gsgd_plan {
     void *ones[2];                             /* ONES ones of each type */
 };
 
-/* Index a block's unit ids and a view. */
+/* Where an entry lies in a view. */
 static inline ptrdiff_t offset_of(const view *v, const ptrdiff_t index[GSGD_NDIM]) {
     ptrdiff_t offset = 0;
     for (int d = 0; d < GSGD_NDIM; ++d)
@@ -110,9 +110,9 @@ static inline int advance(const block *b, ptrdiff_t index[GSGD_NDIM]) {
  * none. */
 void gsgd_bind(gsgd_plan *plan, const gsgd_array *arrays, size_t which);
 
-/* Gather by one thread: S per chain root, in plan->sum. 0: not finite. */
-int gsgd_gather(gsgd_plan *plan, const gsgd_array *weights, const gsgd_array *gradients,
-                const gsgd_array *sums);
+/* Gather by one thread: S per chain root, in plan->sum. */
+gsgd_status gsgd_gather(gsgd_plan *plan, const gsgd_array *weights, const gsgd_array *gradients,
+                        const gsgd_array *sums);
 
 /* w g of a tree edge after gsgd_gather, rounded as the kernels round it. */
 double gsgd_product(const gsgd_plan *plan, const tree_edge *e);

@@ -22,11 +22,11 @@ void gsgd_destroy(gsgd_plan *plan) {
     free(plan);
 }
 
-/* Copy a description; 0 when memory runs out, -1 when it refers to what does not exist. */
-static int take_block(block *to, const gsgd_block *from, ptrdiff_t units, ptrdiff_t arrays,
-                      const gsgd_type *types) {
+/* Copy a description. */
+static gsgd_status take_block(block *to, const gsgd_block *from, ptrdiff_t units, ptrdiff_t arrays,
+                              const gsgd_type *types) {
     if (from->array < 0 || from->array >= arrays)
-        return -1;
+        return GSGD_BAD_BLOCK;
     memcpy(to->dim, from->dim, sizeof to->dim);
     to->array = from->array;
     to->type = types[from->array];
@@ -48,7 +48,7 @@ static int take_block(block *to, const gsgd_block *from, ptrdiff_t units, ptrdif
     to->column_sum = malloc((size_t)(4 * line + 2 * num_rows + 1) * sizeof(double));
     to->place = calloc((size_t)(2 * places + 1), sizeof(ptrdiff_t));
     if (to->row_unit == NULL || to->column_sum == NULL || to->place == NULL)
-        return 0;
+        return GSGD_NO_MEMORY;
     to->unplace = to->place + places;
     to->col_unit = to->row_unit + num_rows;
     to->line = to->column_sum + line;
@@ -60,8 +60,8 @@ static int take_block(block *to, const gsgd_block *from, ptrdiff_t units, ptrdif
         memcpy(to->col_unit, from->col_unit, (size_t)num_cols * sizeof(int64_t));
     for (ptrdiff_t i = 0; i < num_rows + num_cols; ++i)
         if (to->row_unit[i] < GSGD_PINNED || to->row_unit[i] >= units)
-            return -1;
-    return 1;
+            return GSGD_BAD_BLOCK;
+    return GSGD_OK;
 }
 
 gsgd_status gsgd_create(gsgd_plan **out, ptrdiff_t units, ptrdiff_t arrays, const gsgd_type *types,
@@ -69,7 +69,7 @@ gsgd_status gsgd_create(gsgd_plan **out, ptrdiff_t units, ptrdiff_t arrays, cons
     *out = NULL;
     gsgd_plan *plan = calloc(1, sizeof *plan);
     if (plan == NULL)
-        return GSGD_OK;
+        return GSGD_NO_MEMORY;
     size_t n = (size_t)units + 1;
     plan->units = units;
     plan->blocks = blocks;
@@ -80,7 +80,7 @@ gsgd_status gsgd_create(gsgd_plan **out, ptrdiff_t units, ptrdiff_t arrays, cons
     plan->memory = calloc(15 * n + 2 * ONES, sizeof *plan->memory);
     if (!plan->block || !plan->in || !plan->in_unit || !plan->active || !plan->memory) {
         gsgd_destroy(plan);
-        return GSGD_OK;
+        return GSGD_NO_MEMORY;
     }
     plan->out = plan->in + n;
     plan->out_unit = plan->in_unit + n;
@@ -101,10 +101,10 @@ gsgd_status gsgd_create(gsgd_plan **out, ptrdiff_t units, ptrdiff_t arrays, cons
         ones_f32[i] = 1, ones_f64[i] = 1;
 
     for (ptrdiff_t k = 0; k < blocks; ++k) {
-        int taken = take_block(&plan->block[k], &source[k], units, arrays, types);
-        if (taken != 1) {
+        gsgd_status status = take_block(&plan->block[k], &source[k], units, arrays, types);
+        if (status != GSGD_OK) {
             gsgd_destroy(plan);
-            return taken ? GSGD_BAD_BLOCK : GSGD_OK;
+            return status;
         }
     }
     *out = plan;

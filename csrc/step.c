@@ -10,10 +10,10 @@
 #include <math.h>
 #include <string.h>
 
-/* The kernels are compiled for three generations of x86-64 and chosen at load time. */
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && defined(__linux__) &&                 \
-    !defined(GSGD_NO_CLONES)
-#define KERNEL __attribute__((target_clones("default", "arch=x86-64-v3", "arch=x86-64-v4")))
+/* The kernels are compiled for three generations of x86-64 and chosen at load time. Neither of the newer ones
+ * implies fused multiply-add, which would change the bits. */
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && defined(__GLIBC__)
+#define KERNEL __attribute__((target_clones("default", "avx2", "avx512f")))
 #else
 #define KERNEL
 #endif
@@ -130,6 +130,7 @@ static void plan_pieces(block *b) {
 typedef struct {
     gsgd_plan *plan;
     const gsgd_options *options;
+    int threads;
     atomic_ptrdiff_t gather_task, apply_task;
     atomic_int not_finite;
     gsgd_status status;
@@ -324,10 +325,10 @@ static void store_trees(const gsgd_plan *plan) {
 static void work(void *context, int leader) {
     job *j = context;
     gather(j);
-    wait_for_all();
+    wait_for_all(j->threads);
     if (leader)
         j->status = solve(j);
-    wait_for_all();
+    wait_for_all(j->threads);
     if (j->status == GSGD_OK)
         apply(j);
 }
@@ -384,8 +385,8 @@ gsgd_status gsgd_step(gsgd_plan *plan, const gsgd_array *weights, const gsgd_arr
                       const gsgd_array *sums, const gsgd_array *m, const gsgd_array *v,
                       const gsgd_options *options, ptrdiff_t *clamped, int64_t *unit) {
     ptrdiff_t size = plan_work(plan, weights, gradients, sums, m, v);
-    int threads = size < SERIAL ? 1 : options->threads;
-    job j = {.plan = plan, .options = options};
+    int threads = size < SERIAL || options->threads < 1 ? 1 : options->threads;
+    job j = {.plan = plan, .options = options, .threads = threads};
     run_parallel(threads, work, &j);
     if (j.status == GSGD_OK)
         store_trees(plan);
@@ -394,10 +395,10 @@ gsgd_status gsgd_step(gsgd_plan *plan, const gsgd_array *weights, const gsgd_arr
     return j.status;
 }
 
-int gsgd_gather(gsgd_plan *plan, const gsgd_array *weights, const gsgd_array *gradients,
-                const gsgd_array *sums) {
+gsgd_status gsgd_gather(gsgd_plan *plan, const gsgd_array *weights, const gsgd_array *gradients,
+                        const gsgd_array *sums) {
     job j = {.plan = plan};
     plan_work(plan, weights, gradients, sums, NULL, NULL);
     gather(&j);
-    return sum_by_root(plan);
+    return sum_by_root(plan) ? GSGD_OK : GSGD_NOT_FINITE;
 }

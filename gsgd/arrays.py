@@ -15,8 +15,10 @@ Arrays = dict[str, NDArray[Any]]
 
 def as_array(what: str, x: Any) -> NDArray[Any]:
     """A NumPy view of `x`: an array, or an object that exports a CPU buffer or DLPack."""
+    if isinstance(x, np.ma.MaskedArray):
+        raise TypeError(f"{what}: expected a plain array, got a masked one")
     if isinstance(x, np.ndarray):
-        return x
+        return np.asarray(x)
     try:
         if hasattr(x, "__dlpack__"):
             return np.from_dlpack(x)
@@ -54,6 +56,8 @@ def _check_overlap(arrays: Arrays) -> None:
 
 def check_parameters(params: Mapping[str, Any], net: Network, *, writable: bool = True, others: bool = False) -> Arrays:
     """Views of the parameters that `net` names (and of all others, if asked), in the order of `net`."""
+    if not isinstance(params, Mapping):
+        raise TypeError(f"params: expected a mapping of names to arrays, got {type(params).__name__}")
     missing = [name for name in net.shapes if name not in params]
     if missing:
         raise ValueError(f"parameter {missing[0]!r} of the network is missing in params")
@@ -79,6 +83,8 @@ def check_parameters(params: Mapping[str, Any], net: Network, *, writable: bool 
 
 def check_names(grads: Mapping[str, Any], arrays: Arrays) -> None:
     """Exactly the names of the parameters."""
+    if not isinstance(grads, Mapping):
+        raise TypeError(f"grads: expected a mapping of names to arrays, got {type(grads).__name__}")
     for name in arrays:
         if name not in grads:
             raise ValueError(f"gradient of {name!r} is missing")

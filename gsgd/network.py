@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
+import operator
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -168,14 +169,43 @@ class _Layer:
     blocks: tuple[tuple[tuple[Dim, ...], tuple[int, int], Ids, Ids], ...]  # dims, start, rows, cols
 
 
-def _names(layout: str) -> tuple[str, str]:
+def _unit_axes(layout: str, what: str) -> tuple[str, str]:
     """The two axes that name units in `layout`, and where they stand: first or last."""
-    spatial = layout.replace("o", "").replace("i", "")
+    spatial = str(layout).replace("o", "").replace("i", "")
     for units in ("oi", "io"):
         for candidate, place in ((units + spatial, "first"), (spatial + units, "last")):
             if layout == candidate and spatial in ("", "w", "hw", "dhw"):
                 return units, place
-    raise ValueError(f"layout {layout!r}: expected one like 'oi', 'io', 'oihw', 'iohw' or 'hwio'")
+    raise ValueError(f"{what}: layout {layout!r}: expected one like 'oi', 'io', 'oihw', 'iohw' or 'hwio'")
+
+
+def _integer(value: Any, what: str, least: int = 1) -> int:
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{what}: expected an integer, got {value!r}") from None
+    if number < least:
+        raise ValueError(f"{what}: expected at least {least}, got {number}")
+    return number
+
+
+def _text(value: Any, what: str) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{what}: expected a string, got {value!r}")
+    if not value:
+        raise ValueError(f"{what}: expected a string that is not empty")
+    return value
+
+
+def _shape(value: Any, what: str) -> tuple[int, ...]:
+    try:
+        return tuple(map(operator.index, getattr(value, "shape", value)))
+    except TypeError:
+        raise TypeError(f"{what}: expected an array or a shape, got {type(value).__name__}") from None
+
+
+def _given(*names: str | None) -> list[str]:
+    return [name for name in names if name is not None]
 
 
 class Network:
@@ -196,6 +226,7 @@ class Network:
     def __init__(self) -> None:
         self._parent: list[int] = []  # union-find over nodes
         self._labels: list[str] = []
+        self._groups: set[str] = set()  # the labels without their channels
         self._pins: dict[int, str] = {}  # root -> reason
         self._operations: list[_Layer | Sum] = []
         self._by_name: dict[str, _Layer] = {}
@@ -206,9 +237,13 @@ class Network:
     # nodes and units
 
     def _new(self, count: int, label: str) -> Ids:
-        first = len(self._parent)
+        first, group, number = len(self._parent), label, 1
+        while group in self._groups:
+            number += 1
+            group = f"{label} {number}"
+        self._groups.add(group)
         self._parent.extend(range(first, first + count))
-        self._labels.extend(f"{label}[{i}]" for i in range(count))
+        self._labels.extend(f"{group}[{i}]" for i in range(count))
         self._compiled = None
         return np.arange(first, first + count, dtype=np.int64)
 
@@ -257,20 +292,23 @@ class Network:
             raise ValueError(f"{what}: expected channels, got flattened features")
         return x.per_feature
 
+    def _check_names(self, *names: str) -> None:
+        for name in names:
+            _text(name, "a parameter's name")
+            if name in self._by_name or names.count(name) > 1:
+                raise ValueError(f"parameter {name!r} is described twice; a shared weight must be left out and pinned")
+
     def _add_layer(self, layer: _Layer) -> None:
-        if layer.name in self._by_name:
-            raise ValueError(
-                f"parameter {layer.name!r} is described twice; a shared weight must be left out and pinned"
-            )
         self._by_name[layer.name] = layer
         self._operations.append(layer)
         self._compiled = None
 
-    # layers
+    # layers: everything is checked before the first node is made, so that an error leaves the network as it was
 
     def input(self, channels: int, reason: str = "network input") -> Features:
         """`channels` pinned channels: what the network reads (or what an operation that is not described makes)."""
-        nodes = self._new(channels, reason)
+        channels = _integer(channels, "input: channels", least=0)
+        nodes = self._new(channels, _text(reason, "input: reason"))
         self._pin(nodes.tolist(), reason)
         return self._features(nodes)
 
@@ -284,7 +322,10 @@ class Network:
         layout : {"oi", "io"}
             "io": the weight is ``(x.count, features)``.
         """
+        self._check_names(name, *_given(bias))
         self._check(x, name)
+        _integer(x.count, f"{name}: features that it reads")
+        features = _integer(features, f"{name}: features")
         if layout not in ("oi", "io"):
             raise ValueError(f"{name}: layout {layout!r}: expected 'oi' or 'io'")
         row_axis, col_axis = layout.index("o"), layout.index("i")
@@ -322,8 +363,10 @@ class Network:
 
         Parameters
         ----------
-        kernel : sequence of int
-            The spatial extents.
+        name, bias : str
+            The weight, of the shape that `layout` says, and a vector of shape ``(features,)``.
+        kernel : sequence of int, or int
+            The spatial extents, at least 1 each; a number is the extent of a 1-d convolution.
         groups : int
             Both `features` and the channels of `x` must be multiples.
         layout : str
@@ -331,13 +374,18 @@ class Network:
             "iohw": ``(channels, features / groups, *kernel)``, a transposed convolution. The spatial letters
             stand for however many `kernel` has.
         """
+        self._check_names(name, *_given(bias))
         cols = self._channels(x, name)
-        kernel = (kernel,) if isinstance(kernel, int) else tuple(kernel)
+        _integer(len(cols), f"{name}: channels that it reads")
+        features = _integer(features, f"{name}: features")
+        kernel = tuple(kernel) if isinstance(kernel, Iterable) else (kernel,)
+        kernel = tuple(_integer(extent, f"{name}: kernel") for extent in kernel)
         if not 1 <= len(kernel) <= 3:
             raise ValueError(f"{name}: kernel {kernel}: expected 1, 2 or 3 extents")
-        if groups < 1 or features % groups or len(cols) % groups:
+        groups = _integer(groups, f"{name}: groups")
+        if features % groups or len(cols) % groups:
             raise ValueError(f"{name}: groups={groups} must divide {len(cols)} channels and {features} features")
-        units, place = _names(layout)
+        units, place = _unit_axes(layout, name)
         o, i = units.index("o"), units.index("i")
         if place == "last":
             o, i = o + len(kernel), i + len(kernel)
@@ -373,13 +421,17 @@ class Network:
         """
         shape = shape or (len(rows),)
         axis = max(range(len(shape)), key=lambda a: shape[a])
-        source = self._new(1, name)
+        source = self._new(1, f"source of {name}")
         self._pin(source.tolist(), "constant")
         dims = (Dim(), Dim(len(rows), axis, 1), Dim(), Dim(), Dim(), Dim(axis=len(shape) - 1))
         self._add_layer(_Layer(name, kind, shape, ((dims, (axis, 0), rows, source),)))
 
     def homogeneous(self, x: Features) -> Features:
-        """Any map f of single channels with f(c x) = c f(x) for c > 0: it passes units through."""
+        """Any map f of single channels with f(c x) = c f(x) for c > 0: it passes units through.
+
+        `relu`, `max_pool` and the others like them are this method by another name: they take no options (no slope,
+        no kernel size), since units do not depend on these.
+        """
         self._check(x, "homogeneous")
         return x
 
@@ -392,8 +444,7 @@ class Network:
         """Channels seen at `positions` places, as one vector of features."""
         if order not in ("channels_first", "channels_last"):
             raise ValueError(f"order {order!r}: expected 'channels_first' or 'channels_last'")
-        if positions < 1:
-            raise ValueError(f"positions {positions}: expected at least 1")
+        positions = _integer(positions, "flatten: positions")
         nodes = self._channels(x, "flatten")
         return Features(self, ((nodes, positions, order if positions > 1 else "channels_first"),))
 
@@ -427,6 +478,8 @@ class Network:
 
     def concat(self, *xs: Features) -> Features:
         """Features side by side."""
+        if not xs:
+            raise ValueError("concat: expected at least one argument")
         for x in xs:
             self._check(x, "concat")
         if all(positions == 1 for x in xs for _, positions, _ in x.segments):
@@ -436,7 +489,14 @@ class Network:
     def take(self, x: Features, features: slice | Sequence[int] | Ids) -> Features:
         """Some of the features, in any order: a slice, a chunk, a shuffle of channels."""
         self._check(x, "take")
-        return self._features(x.per_feature[features])
+        expected = f"take: expected a slice or a list of indices of {x.count} features"
+        try:
+            nodes = x.per_feature[features if isinstance(features, slice) else list(features)]
+        except (IndexError, TypeError) as error:
+            raise ValueError(f"{expected}: {error}") from error
+        if nodes.ndim != 1:
+            raise ValueError(f"{expected}, got {features!r}")
+        return self._features(nodes)
 
     def batch_norm(
         self,
@@ -458,22 +518,21 @@ class Network:
             are left to plain SGD. "released": as the authors' released code does, the norm over input channels
             only, and raw gradients in the sums. The last two are approximations, no symmetry.
         """
+        names = _given(weight, bias)
+        self._check_names(*names)
         nodes = self._channels(x, "batch_norm")
-        if mode in ("paper", "released"):
-            for node in nodes.tolist():
-                if node not in self._writer:
-                    raise ValueError(f"batch_norm mode {mode!r}: expected the output of a dense or conv layer")
-                self._batch_norm[self._writer[node]] = mode
+        if mode not in ("exact", "paper", "released"):
+            raise ValueError(f"batch_norm mode {mode!r}: expected 'exact', 'paper' or 'released'")
+        if mode != "exact":
+            if not self._writer.keys() >= set(nodes.tolist()):
+                raise ValueError(f"batch_norm mode {mode!r}: expected the output of a dense or conv layer")
+            self._batch_norm.update((self._writer[node], mode) for node in nodes.tolist())
             self._compiled = None
             return x
-        if mode != "exact":
-            raise ValueError(f"batch_norm mode {mode!r}: expected 'exact', 'paper' or 'released'")
         self._pin(nodes.tolist(), "scale lost in batch normalization")
-        label = weight or bias or "batch_norm"
-        rows = self._new(len(nodes), label)
-        for name in (weight, bias):
-            if name is not None:
-                self._source_layer(name, "batch_norm", rows)
+        rows = self._new(len(nodes), names[0] if names else "batch_norm")
+        for name in names:
+            self._source_layer(name, "batch_norm", rows)
         if weight is None:
             self._pin(rows.tolist(), "batch normalization without weight")
         return self._features(rows)
@@ -481,7 +540,7 @@ class Network:
     def pin(self, x: Features, reason: str) -> Features:
         """Never rescale these units: they meet an operation that is not positively homogeneous."""
         self._check(x, "pin")
-        self._pin(x.per_feature.tolist(), reason)
+        self._pin(x.per_feature.tolist(), _text(reason, "pin: reason"))
         return x
 
     def output(self, x: Features) -> None:
@@ -509,22 +568,20 @@ class Network:
             raise ValueError(f"layout {layout!r}: expected 'oi' or 'io'")
         if not isinstance(shapes_or_params, Mapping):
             shapes_or_params = {str(i): s for i, s in enumerate(shapes_or_params)}
-        shapes: dict[str, tuple[int, ...]] = {
-            k: tuple(int(n) for n in (s.shape if hasattr(s, "shape") else s)) for k, s in shapes_or_params.items()
-        }
+        shapes = {name: _shape(value, name) for name, value in shapes_or_params.items()}
         names = list(shapes)
         net, i = cls(), 0
         x: Features | None = None
         while i < len(names):
             name, shape = names[i], shapes[names[i]]
-            if not 2 <= len(shape) <= 5:
-                raise ValueError(f"{name}: shape {shape}: expected a weight of 2 to 5 dimensions")
+            if not 2 <= len(shape) <= 5 or min(shape) < 1:
+                raise ValueError(f"{name}: shape {shape}: expected a weight of 2 to 5 dimensions, at least 1 each")
             out, read = (shape[0], shape[1]) if layout == "oi" else (shape[-1], shape[-2])
             bias = names[i + 1] if i + 1 < len(names) and shapes[names[i + 1]] == (out,) else None
             x = net.input(read) if x is None else net.relu(x)
             have = x.count
             if len(shape) == 2:
-                if have == 0 or read % have:
+                if read % have:
                     raise ValueError(f"{name}: reads {read} features, but the layer before writes {have}")
                 if read != have:
                     x = net.flatten(x, read // have, "channels_first" if layout == "oi" else "channels_last")
@@ -543,8 +600,11 @@ class Network:
 
     def without(self, names: Iterable[str], reason: str) -> Network:
         """A copy that does not mention these parameters: the units that meet them are pinned, for this reason."""
+        _text(reason, "without: reason")
         net = copy.deepcopy(self)
-        for name in names:
+        for name in set(names):
+            if name not in net._by_name:
+                raise ValueError(f"without: the network has no parameter {name!r}")
             layer = net._by_name.pop(name)
             net._operations.remove(layer)
             for _, _, rows, cols in layer.blocks:
@@ -603,8 +663,8 @@ class Network:
 
     @property
     def invariant_ratio(self) -> float:
-        """H / m (section 3.2)."""
-        return self.num_units / self.num_weights
+        """H / m (section 3.2); 0 for a network without weights."""
+        return self.num_units / max(1, self.num_weights)
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from gsgd.arrays import as_array, check_gradients, check_names, check_parameters
 from gsgd.network import Network
-from gsgd.rates import Rates, adam, rmsprop, sgd
+from gsgd.rates import Rates, adam, number, rmsprop, sgd
 from gsgd.skeleton import Backend, Rule, Skeleton, batch_norm_gradients, explain
 
 ScaleName = Literal["balanced", "initial", "ones"]
@@ -43,6 +43,30 @@ def usable_threads(threads: int) -> int:
     return 1 if _forked else threads
 
 
+def check_scale(scale: ScaleName) -> ScaleName:
+    """`scale`, if it is one."""
+    if scale not in ("balanced", "initial", "ones"):
+        raise ValueError(f"scale: expected 'balanced', 'initial' or 'ones', got {scale!r}")
+    return scale
+
+
+def check_max_ratio(max_ratio: float) -> float:
+    """`max_ratio` as a float, finite and larger than 1."""
+    value = number("max_ratio", max_ratio)
+    if not (math.isfinite(value) and value > 1):
+        raise ValueError(f"max_ratio: expected a finite number > 1, got {max_ratio!r}")
+    return value
+
+
+def check_threads(threads: int) -> int:
+    """`threads`, if it is a number of threads."""
+    if not isinstance(threads, int):
+        raise TypeError(f"threads: expected an integer, got {threads!r}")
+    if not 1 <= threads <= 4096:
+        raise ValueError(f"threads: expected 1 to 4096, got {threads!r}")
+    return threads
+
+
 @dataclass
 class Stats:
     """Counts since construction: steps, and path ratios that were clamped."""
@@ -66,16 +90,12 @@ class _PathOptimizer:
         max_ratio: float,
         backend: Backend,
     ) -> None:
-        if scale not in ("balanced", "initial", "ones"):
-            raise ValueError(f"scale: expected 'balanced', 'initial' or 'ones', got {scale!r}")
-        if threads is not None and threads < 1:
-            raise ValueError(f"threads: expected at least 1, got {threads!r}")
-        if not (math.isfinite(max_ratio) and max_ratio > 1):
-            raise ValueError(f"max_ratio: expected a finite number > 1, got {max_ratio!r}")
+        if not isinstance(net, Network):
+            raise TypeError(f"net: expected a gsgd.Network, got {type(net).__name__}")
         first = make(**hyperparameters)
         self._make, self._hyperparameters = make, dict(hyperparameters)
-        self.scale, self.max_ratio = scale, float(max_ratio)
-        self.threads = default_threads() if threads is None else threads
+        self.scale, self.max_ratio = check_scale(scale), check_max_ratio(max_ratio)
+        self.threads = default_threads() if threads is None else check_threads(threads)
         self.stats = Stats()
         self._net = net
         self._approximates = any(b.batch_norm for b in net.blocks)
@@ -87,6 +107,7 @@ class _PathOptimizer:
         self._rates = np.empty((len(self._weights), len(first.row)))
         self._set_rates(first)
         self.skeleton = Skeleton(net, self._arrays, rule, backend=backend, _scaled=scale == "balanced")
+        self.skeleton.warn_of_pinned()
         c = self.skeleton.balanced_scale(self._arrays) if scale == "balanced" else np.ones(net.num_units)
         if scale == "ones":
             for edge in (*self.skeleton.in_edges, *self.skeleton.out_edges):
@@ -154,9 +175,10 @@ class _PathOptimizer:
         Raises
         ------
         FloatingPointError
-            A gradient or a path ratio is not finite. The weights stay as they were.
+            A gradient or a path ratio is not finite. The weights stay as they were. (A learning rate so large that
+            ordinary weights overflow is noticed at the step after.)
         """
-        if len(grads) != len(self._arrays) or not all(name in grads for name in self._arrays):
+        if not isinstance(grads, dict) or len(grads) != len(self._arrays) or any(n not in grads for n in self._arrays):
             check_names(grads, self._arrays)
         if self._core_checks:  # the C core checks shapes and dtypes itself
             gradients: list[NDArray[Any] | None] = [
@@ -212,6 +234,8 @@ class _PathOptimizer:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from `state_dict`: with the weights of that moment, every further step has the same bits."""
+        if not isinstance(state, Mapping):
+            raise TypeError(f"state_dict: expected a mapping, got {type(state).__name__}")
         missing = self.state_dict().keys() - state.keys()
         if missing:
             raise ValueError(f"state_dict: {sorted(missing)[0]!r} is missing")
@@ -225,14 +249,19 @@ class _PathOptimizer:
         reference = [np.array(state[n], dtype=np.float64) for n in ("in_weights", "out_weights", "c")]
         if any(e.shape != (units, 2) for e in edges) or any(r.shape != (units,) for r in reference):
             raise ValueError(f"state_dict: expected the skeleton of {units} units")
+        if not all((np.isfinite(r) & (r != 0)).all() for r in reference) or (reference[2] < 0).any():
+            raise ValueError("state_dict: the reference scale has entries that are 0 or not finite")
+        scale, max_ratio, rule = check_scale(state["scale"]), check_max_ratio(state["max_ratio"]), state["rule"]
+        stats = Stats(int(state["steps"]), int(state["clamped"]))
+        if rule not in ("modulo", "largest"):
+            raise ValueError(f"state_dict: rule {rule!r}")
         self.skeleton.replace_edges((edges[0], edges[1]), self._arrays)
-        self.skeleton.rule = state["rule"]
+        self.skeleton.rule = rule
         self._set_reference((reference[0], reference[1], reference[2]))
         self._hyperparameters = hyperparameters
         self._set_rates(rates)
-        self.max_ratio, self.scale = float(state["max_ratio"]), state["scale"]
+        self.scale, self.max_ratio, self.stats = scale, max_ratio, stats
         self._m, self._v = moments
-        self.stats = Stats(state["steps"], state["clamped"])
 
 
 class GSGD(_PathOptimizer):
@@ -258,7 +287,8 @@ class GSGD(_PathOptimizer):
         Which weights make the skeleton, see `Skeleton`. With ``scale="balanced"`` the largest are those of the
         balanced network.
     threads : int, optional
-        At most so many; OMP_NUM_THREADS or all processors by default. Results do not depend on it.
+        At most so many; OMP_NUM_THREADS or all processors by default. Results do not depend on it. The child of a
+        fork takes its steps with one.
     max_ratio : float
         A path ratio outside ``[1 / max_ratio, max_ratio]`` is clamped and counted in `stats`.
     backend : {"c", "reference"}

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import warnings
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,6 +11,7 @@ from numpy.typing import NDArray
 
 from gsgd.arrays import check_gradients, check_parameters
 from gsgd.network import Block, Network, Sum
+from gsgd.rates import non_negative
 
 Floats = NDArray[np.float64]
 
@@ -51,64 +51,94 @@ def rescale(params: Mapping[str, Any], net: Network, scales: Any) -> None:
     if not (np.isfinite(c) & (c > 0)).all():
         raise ValueError("scales: expected positive finite numbers")
     c = np.append(c, 1.0)
+    rescaled = []
     for block in net.blocks:
         w = block.view(arrays[block.name])
         factor = _of_rows(block, c) / _of_cols(block, c)
-        np.multiply(w, factor[..., None, None, None], out=w, casting="same_kind")
+        with np.errstate(over="ignore"):
+            new = np.multiply(w, factor[..., None, None, None], dtype=np.float64).astype(w.dtype)
+        if not np.isfinite(new).all() or (new == 0).sum() > (w == 0).sum():
+            raise ValueError(f"scales: parameter {block.name!r} would overflow or underflow")
+        rescaled.append(new)
+    for block, new in zip(net.blocks, rescaled, strict=True):
+        block.view(arrays[block.name])[...] = new
 
 
 def balanced_scale(blocks: Sequence[Block], arrays: Mapping[str, NDArray[Any]], units: int) -> Floats:
     """The c per unit that carries weights to the representative of least sum of squares among their rescalings.
 
-    Over-relaxed sweeps of c(v) = sqrt(|out(v)| / |in(v)|) over units, layer by layer (method section 4).
+    With t = log c this is the minimum of the convex sum of w^2 exp(2 t(v) - 2 t(u)) over edges u -> v. Sweeps of
+    c(v) = sqrt(|out(v)| / |in(v)|) over the layers find it (method section 4). What they leave varies slowly with
+    depth: after each sweep Newton's method finds the best shift of every layer as a whole.
+
     Units that some path of non-zero weights passes have a unique solution; all others must be pinned.
     """
     # in C order, so that the sums do not depend on strides
     squares = [np.square(b.view(arrays[b.name]), dtype=np.float64, order="C").sum(axis=(3, 4, 5)) for b in blocks]
-    layer = np.full(units + 1, -1)
-    for k, block in enumerate(blocks):
-        rows = block.rows[block.rows >= 0]
-        layer[rows[layer[rows] < 0]] = k
-    groups = [np.flatnonzero(layer[:-1] == k) for k in np.unique(layer[:-1]) if k >= 0]
-    if not groups:
-        return np.ones(units)
-    over = 2 / (1 + math.sin(math.pi / (len(groups) + 1)))
-    sweeps = []
-    for members in groups:
-        is_member = np.zeros(units + 1, dtype=bool)
-        is_member[members] = True
-        writers = [k for k, b in enumerate(blocks) if is_member[b.rows].any()]
-        readers = [k for k, b in enumerate(blocks) if is_member[b.cols].any()]
-        # units of one group that feed each other move together: half a step is safe, more is not
-        omega = 0.5 if any(is_member[blocks[k].rows].any() for k in readers) else over
-        sweeps.append((members, writers, readers, omega))
+    first = np.full(units + 1, len(blocks))  # the block that writes a unit first; the last entry is for pinned ends
+    for k in reversed(range(len(blocks))):
+        first[blocks[k].rows[blocks[k].rows >= 0]] = k
+    layers, layer = np.unique(first, return_inverse=True)
+    layer = np.where(first == len(blocks), len(layers) - 1, layer)
+    members = [np.flatnonzero(layer[:-1] == i) for i in range(len(layers) - 1)]
+    writers = [[k for k, b in enumerate(blocks) if (layer[b.rows] == i).any()] for i in range(len(members))]
+    readers = [[k for k, b in enumerate(blocks) if (layer[b.cols] == i).any()] for i in range(len(members))]
 
-    log_c = np.zeros(units + 1)
-    tolerance, limit = 1e-13, 20_000
-    for sweep in range(limit):
+    def sums_in(k: int, of_source: Floats) -> Floats:
+        b = blocks[k]
+        found: Floats = np.matmul(squares[k], of_source[b.cols].reshape(b.extents[0], -1, 1))
+        return found.reshape(-1)
+
+    def sums_out(k: int, of_destination: Floats) -> Floats:
+        b = blocks[k]
+        found: Floats = np.matmul(of_destination[b.rows].reshape(b.extents[0], 1, -1), squares[k])
+        return found.reshape(-1)
+
+    t, largest = np.zeros(units + 1), 0.0
+    for _ in range(200):
         largest = 0.0
-        for members, writers, readers, omega in sweeps:
-            c2 = np.exp(2 * log_c)
-            total_in, total_out = np.zeros(units + 1), np.zeros(units + 1)
-            for k in writers:
-                b = blocks[k]
-                sums = np.matmul(squares[k], (1 / c2)[b.cols].reshape(b.extents[0], -1, 1))
-                np.add.at(total_in, b.rows, sums.reshape(-1))
-            for k in readers:
-                b = blocks[k]
-                sums = np.matmul(c2[b.rows].reshape(b.extents[0], 1, -1), squares[k])
-                np.add.at(total_out, b.cols, sums.reshape(-1))
-            move = np.log(total_out[members] / (total_in[members] * c2[members] ** 2)) / 4
-            relax = min(omega, 1.0) if sweep < 3 else omega
-            log_c[members] += relax * move
+        for i, here in enumerate(members):
+            c2, total_in, total_out = np.exp(2 * t), np.zeros(units + 1), np.zeros(units + 1)
+            for k in writers[i]:
+                np.add.at(total_in, blocks[k].rows, sums_in(k, 1 / c2))
+            for k in readers[i]:
+                np.add.at(total_out, blocks[k].cols, sums_out(k, c2))
+            move = np.log(total_out[here] / (total_in[here] * c2[here] ** 2)) / 4
+            # units of a layer that feed each other move together: half a step is safe, more is not
+            t[here] += move / 2 if set(writers[i]) & set(readers[i]) else move
             largest = max(largest, float(np.abs(move).max()))
-        if largest < tolerance * max(1.0, float(np.abs(log_c).max())):
+        if largest <= 1e-13 * max(1.0, float(np.abs(t).max())):
             break
-        if sweep % 1000 == 999:
-            sweeps = [(m, w, r, (min(o, 1.0) + o) / 2) for m, w, r, o in sweeps]
+        energy = np.zeros((len(layers), len(layers)))  # between layers, destinations first
+        for k, b in enumerate(blocks):
+            for source in np.unique(layer[b.cols]):
+                from_there = sums_in(k, np.where(layer == source, np.exp(-2 * t), 0.0)) * np.exp(2 * t[b.rows])
+                energy[:, source] += np.bincount(layer[b.rows], from_there, len(layers))
+        t += _best_shifts(energy)[layer]
     else:
         warnings.warn(f"the balanced scale did not converge: {largest:.1e} is left", RuntimeWarning, stacklevel=2)
-    return np.exp(log_c[:-1])
+    return np.exp(t[:-1])
+
+
+def _best_shifts(energy: Floats) -> Floats:
+    """The d of least sum of energy[i, j] exp(2 d[i] - 2 d[j]), the last one 0: Newton's method with halved steps."""
+    d = np.zeros(len(energy))
+    np.fill_diagonal(energy, 0)
+
+    def at(d: Floats) -> Floats:
+        return energy * np.exp(2 * (d[:, None] - d[None, :]))
+
+    for _ in range(50):
+        now = at(d)
+        into, out = now.sum(axis=1), now.sum(axis=0)
+        hessian = 4 * (np.diag(into + out) - now - now.T)
+        step = np.append(np.linalg.solve(hessian[:-1, :-1], 2 * (out - into)[:-1]), 0.0)
+        while at(d + step).sum() > now.sum() * (1 + 1e-15) and np.abs(step).max() > 1e-12:
+            step /= 2
+        d = d + step
+        if np.abs(step).max() < 1e-12:
+            break
+    return d
 
 
 def balance(params: Mapping[str, Any], net: Network) -> None:
@@ -211,13 +241,20 @@ class PathSGD:
     lr : float
     """
 
-    def __init__(self, params: MutableMapping[str, Any] | Mapping[str, Any], net: Network, lr: float = 0.1) -> None:
-        if not (math.isfinite(lr) and lr >= 0):
-            raise ValueError(f"lr: expected a finite number >= 0, got {lr!r}")
+    def __init__(self, params: Mapping[str, Any], net: Network, lr: float = 0.1) -> None:
         require_symmetry(net)
         self.lr = lr
         self._net = net
         self._arrays = check_parameters(params, net, others=True)
+
+    @property
+    def lr(self) -> float:
+        """The learning rate of the next step; assign to it for a schedule."""
+        return self._lr
+
+    @lr.setter
+    def lr(self, value: float) -> None:
+        self._lr = non_negative("lr", value)
 
     def step(self, grads: Mapping[str, Any]) -> None:
         """Update the weights; parameters that the network does not mention take a plain step."""
@@ -225,8 +262,14 @@ class PathSGD:
         for name, g in gradients.items():
             if not np.isfinite(g).all():
                 raise FloatingPointError(f"gradient of {name!r} is not finite")
-        for name, kappa in path_kappa(self._arrays, self._net).items():
-            w, g = self._arrays[name], gradients[name]
-            w -= np.divide(self.lr * g, kappa, out=np.zeros_like(kappa), where=kappa > 0).astype(w.dtype)
-        for name in gradients.keys() - self._net.shapes.keys():
-            self._arrays[name] -= self.lr * gradients[name]
+        kappa = path_kappa(self._arrays, self._net)
+        new = {}
+        for name, w in self._arrays.items():
+            g = self.lr * gradients[name]
+            if name in kappa:
+                g = np.divide(g, kappa[name], out=np.zeros(w.shape), where=kappa[name] > 0)
+            new[name] = w - g.astype(w.dtype)
+            if not np.isfinite(new[name]).all():
+                raise FloatingPointError(f"the step of {name!r} is not finite")
+        for name, w in self._arrays.items():
+            w[...] = new[name]

@@ -59,15 +59,24 @@ class Rates:
         return cls(lr, momentum, weight_decay, second, eps, correct_m, correct_v, *flags)
 
 
-def _non_negative(name: str, x: Any) -> float:
-    value = float(x)
+def number(name: str, x: Any) -> float:
+    """`x` as a float; a TypeError names it."""
+    try:
+        return float(x)
+    except (TypeError, ValueError):
+        raise TypeError(f"{name}: expected a number, got {x!r}") from None
+
+
+def non_negative(name: str, x: Any) -> float:
+    """`x` as a float, finite and not negative."""
+    value = number(name, x)
     if not (math.isfinite(value) and value >= 0):
         raise ValueError(f"{name}: expected a finite number >= 0, got {x!r}")
     return value
 
 
 def _fraction(name: str, x: Any) -> float:
-    value = float(x)
+    value = number(name, x)
     if not 0 <= value < 1:
         raise ValueError(f"{name}: expected a number in [0, 1), got {x!r}")
     return value
@@ -76,9 +85,9 @@ def _fraction(name: str, x: Any) -> float:
 def sgd(lr: Any, momentum: Any, nesterov: bool, weight_decay: Any, step: int = 1) -> Rates:
     """SGD, the same at every step."""
     rates = Rates(
-        _non_negative("lr", lr),
-        _non_negative("momentum", momentum),
-        _non_negative("weight_decay", weight_decay),
+        non_negative("lr", lr),
+        non_negative("momentum", momentum),
+        non_negative("weight_decay", weight_decay),
         nesterov=bool(nesterov),
     )
     if nesterov and not rates.momentum:
@@ -90,11 +99,11 @@ def adam(lr: Any, betas: tuple[Any, Any], eps: Any, weight_decay: Any, decoupled
     """Adam (Kingma and Ba, 2015) at its `step`-th step; AdamW (Loshchilov and Hutter, 2019) when decoupled."""
     first, second = _fraction("betas[0]", betas[0]), _fraction("betas[1]", betas[1])
     return Rates(
-        _non_negative("lr", lr),
+        non_negative("lr", lr),
         first,
-        _non_negative("weight_decay", weight_decay),
+        non_negative("weight_decay", weight_decay),
         second,
-        _non_negative("eps", eps),
+        non_negative("eps", eps),
         1 / (1 - first**step),
         1 / (1 - second**step),
         decoupled=bool(decoupled),
@@ -105,10 +114,10 @@ def adam(lr: Any, betas: tuple[Any, Any], eps: Any, weight_decay: Any, decoupled
 def rmsprop(lr: Any, alpha: Any, eps: Any, weight_decay: Any, momentum: Any, step: int = 1) -> Rates:
     """RMSProp (Tieleman and Hinton, 2012), the same at every step."""
     return Rates(
-        _non_negative("lr", lr),
-        _non_negative("momentum", momentum),
-        _non_negative("weight_decay", weight_decay),
+        non_negative("lr", lr),
+        non_negative("momentum", momentum),
+        non_negative("weight_decay", weight_decay),
         _fraction("alpha", alpha),
-        _non_negative("eps", eps),
+        non_negative("eps", eps),
         method="rmsprop",
     )

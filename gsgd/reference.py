@@ -90,17 +90,40 @@ def tables(units: int, blocks: Sequence[tuple[int, Block]], in_edges: Edges, out
         return np.where(can_move[units_of], units_of, units)
 
     def ends(edges: Edges, source: bool) -> NDArray[np.int64]:
+        """The other ends of in-edges (their sources) or of out-edges."""
         found = np.full(units + 1, units, dtype=np.int64)
         for u in np.flatnonzero(active):
             block = blocks[edges[u, 0]][1]
             g, r, c, *_ = np.unravel_index(edges[u, 1], block.extents)
-            found[u] = block.cols[g * block.dims[2].extent + c] if source else block.rows[g * block.dims[1].extent + r]
+            row, col = block.rows[g * block.dims[1].extent + r], block.cols[g * block.dims[2].extent + c]
+            if u != (row if source else col):
+                raise ValueError(f"the skeleton edges of unit {u} make no tree")
+            found[u] = col if source else row
         return ids(found)
+
+    def tree(edges: Edges, ends: NDArray[np.int64]) -> TreeTables:
+        found, entries, order = [], [], np.full(units + 1, int(active.sum()), dtype=np.int64)
+        seen = 0
+        for k in range(len(blocks)):
+            here = np.flatnonzero(active & (edges[:, 0] == k))
+            if len(here):
+                found.append(k)
+                entries.append(edges[here, 1])
+                order[here] = np.arange(seen, seen + len(here))
+                seen += len(here)
+        jumps: list[NDArray[np.int64]] = []
+        while (ends != units).any():
+            if 2 ** len(jumps) > units:
+                raise ValueError("the skeleton edges make no tree: following them never ends")
+            jumps.append(ends)
+            ends = ends[ends]
+        return TreeTables(tuple(found), tuple(entries), order, tuple(jumps))
 
     in_unit, out_unit = ends(in_edges, True), ends(out_edges, False)
     in_is_free = np.zeros(units + 1, dtype=bool)
     for v in np.flatnonzero(active):
         in_is_free[v] = in_unit[v] < units and tuple(out_edges[in_unit[v]]) == tuple(in_edges[v])
+    in_tree, out_tree = tree(in_edges, in_unit), tree(out_edges, out_unit)
     root = np.arange(units + 1)
     while in_is_free[root].any():
         root = np.where(in_is_free[root], in_unit[root], root)
@@ -126,28 +149,12 @@ def tables(units: int, blocks: Sequence[tuple[int, Block]], in_edges: Edges, out
     for u in range(units):
         padded[u, : len(columns[u])] = columns[u]
 
-    def tree(edges: Edges, ends: NDArray[np.int64]) -> TreeTables:
-        found, entries, order = [], [], np.full(units + 1, int(active.sum()), dtype=np.int64)
-        seen = 0
-        for k in range(len(blocks)):
-            here = np.flatnonzero(active & (edges[:, 0] == k))
-            if len(here):
-                found.append(k)
-                entries.append(edges[here, 1])
-                order[here] = np.arange(seen, seen + len(here))
-                seen += len(here)
-        jumps = []
-        while (ends != units).any():
-            jumps.append(ends)
-            ends = ends[ends]
-        return TreeTables(tuple(found), tuple(entries), order, tuple(jumps))
-
     in_array = np.full(units + 1, -1)
     in_array[:-1][active] = [blocks[k][0] for k in in_edges[active, 0]]
     return Tables(
         tuple(per_block),
-        tree(in_edges, in_unit),
-        tree(out_edges, out_unit),
+        in_tree,
+        out_tree,
         in_array,
         root,
         can_move & ~in_is_free,

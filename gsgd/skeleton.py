@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -172,6 +173,15 @@ class Skeleton:
         reason = "no path of non-zero weights passes"
         return {self.net.units[u]: reason for u, edge in enumerate(self.in_edges) if edge is None}
 
+    def warn_of_pinned(self) -> None:
+        """Warn of units that the skeleton had to pin: training does not become free of their scale."""
+        if self.pinned:
+            some = ", ".join(list(self.pinned)[:3]) + (", ..." if len(self.pinned) > 3 else "")
+            warnings.warn(
+                f"{len(self.pinned)} units are pinned for good, since no path of non-zero weights passes them: {some}",
+                stacklevel=4,
+            )
+
     @property
     def num_units(self) -> int:
         """H: units that the skeleton did not have to pin."""
@@ -248,7 +258,7 @@ class Skeleton:
 
         Free weights keep their bits; `ratios` are not read there.
         """
-        arrays = self._arrays(params)
+        arrays, free = self._arrays(params), self.free
         given = {}
         for name, a in arrays.items():
             if name not in ratios:
@@ -256,6 +266,8 @@ class Skeleton:
             given[name] = as_array(f"ratios of {name!r}", ratios[name]).astype(np.float64)
             if given[name].shape != a.shape:
                 raise ValueError(f"ratios of {name!r}: expected shape {a.shape}, got {given[name].shape}")
+            if not np.isfinite(given[name][~free[name]]).all():
+                raise ValueError(f"ratios of {name!r} are not finite")
         out = {name: np.empty_like(a) for name, a in arrays.items()}
         self.plan.allocate(list(arrays.values()), list(given.values()), list(out.values()))
         return out

@@ -24,6 +24,39 @@ def test_rescaling_wrecks_sgd_and_leaves_gsgd_on_its_curve(tmp_path: Path, capsy
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "--epochs 0",
+        "--epochs -1",
+        "--seed -1",
+        "--learning-rates 0.1 -1",
+        "--learning-rates inf",
+        "--output {}",
+        "--output {}/missing/curves.png",
+        "--output {}/curves.unknown",
+        "--data fashion --path {}",
+    ],
+)
+def test_mistakes_are_told_before_any_training(
+    arguments: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compare, "compare", lambda *_: pytest.fail("it trains"))
+    with pytest.raises(SystemExit):
+        compare.main(arguments.format(tmp_path).split())
+    assert re.search(rf"error: (argument )?{arguments.split()[0]}|error: {tmp_path}", capsys.readouterr().err)
+
+
+def test_the_report_on_divergence() -> None:
+    done, diverged = compare.Run([2.0, 1.0], 0.5), compare.Run([2.0, np.nan], np.nan)
+    runs = {(lr, method, start): done for lr in (1.0, 0.1) for method in compare.METHODS for start in compare.STARTS}
+    for key in (1.0, "SGD", "own"), (1.0, "SGD", "rescaled"), (1.0, "G-SGD", "own"), (0.1, "SGD", "own"):
+        runs[key] = diverged
+    *_, g_sgd, sgd = compare.report(runs).splitlines()
+    assert g_sgd.startswith("G-SGD: one start alone diverged (learning rate 1): rounding")
+    assert sgd.startswith("SGD: one start alone diverged (learning rate 0.1), though")
+
+
 def test_gradients_are_those_of_the_loss() -> None:
     rng = np.random.default_rng(0)
     params = compare.mlp.initial((5, 4, 3, 3), rng)

@@ -266,3 +266,66 @@ def test_functions_name_what_is_wrong(function: Callable[[Params, gsgd.Network],
         if function is not gsgd.path_norm:
             with refused(params, ValueError, f"{name}.*read-only"):
                 function(params, NET)
+
+
+@pytest.mark.parametrize("make", [lambda w: w.T, lambda w: w[::-1], lambda w: w.reshape(-1)[::-1].reshape(w.shape)])
+def test_a_gradient_that_lies_over_its_parameter(make: Callable[[Array], Array]) -> None:
+    params = {"w1": np.ones((5, 4)), "w2": np.random.default_rng(0).normal(size=(5, 5)), "w3": np.ones((2, 5))}
+    opt = gsgd.GSGD(params, gsgd.Network.sequential(params), lr=0.1)
+    grads = {name: np.ones_like(p) for name, p in params.items()}
+    with refused(params, ValueError, "w2"):
+        opt.step({**grads, "w2": make(params["w2"])})
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"max_ratio": "x"}, "max_ratio"),
+        ({"max_ratio": 0.1}, "max_ratio"),
+        ({"scale": "zz"}, "scale"),
+        ({"rule": 5}, "rule"),
+        ({"in_weights": np.zeros(NET.num_units)}, "reference scale"),
+        ({"c": np.full(NET.num_units, np.nan)}, "reference scale"),
+        ({"in_edges": np.zeros((NET.num_units, 2), dtype=np.int64)}, "tree"),
+    ],
+)
+def test_a_bad_state_changes_nothing(backend: str, change: dict[str, Any], named: str) -> None:
+    runs = [MODEL.copy() for _ in range(2)]
+    optimizers = [gsgd.GSGD(params, NET, lr=0.1, momentum=0.9, backend=backend) for params in runs]
+    state = gsgd.GSGD(MODEL.copy(), NET, lr=0.3, momentum=0.5, rule="largest", backend=backend).state_dict()
+    with pytest.raises((ValueError, TypeError), match=named):
+        optimizers[0].load_state_dict({**state, **change})
+    for params, opt in zip(runs, optimizers, strict=True):
+        opt.step(MODEL.gradients(params))
+    assert all(np.array_equal(runs[0][name], runs[1][name]) for name in MODEL.params)
+
+
+def test_edges_that_go_in_a_circle(backend: str) -> None:
+    net = gsgd.Network()
+    h = net.dense("a", net.input(2), 3)
+    h = net.add(h, net.dense("b", h, 3))  # units that feed each other
+    net.output(net.dense("c", h, 2))
+    params = {name: np.ones(shape) for name, shape in net.shapes.items()}
+    opt = gsgd.GSGD(params, net, backend=backend)
+    state = opt.state_dict()
+    state["in_edges"] = np.array([[1, 1], [1, 3], [1, 8]])  # 1 -> 0, 0 -> 1, 2 -> 2
+    with refused(params, ValueError, "tree"):
+        opt.load_state_dict(state)
+
+
+def test_rescaling_out_of_range() -> None:
+    params = {name: p.astype(np.float32) for name, p in MODEL.params.items()}
+    with refused(params, ValueError, "overflow"):
+        gsgd.rescale(params, NET, np.full(NET.num_units, 1e45))
+
+
+def test_units_that_are_pinned_for_good_are_told_of() -> None:
+    params = {"w1": np.ones((4, 3)), "w2": np.zeros((2, 4))}
+    with pytest.warns(UserWarning, match=r"4 units are pinned for good.*w1\[0\]"):
+        gsgd.GSGD(params, gsgd.Network.sequential(params))
+
+
+@pytest.mark.parametrize("call", [lambda p: gsgd.GSGD(list(p.values()), NET), lambda p: gsgd.GSGD(p, None)])
+def test_what_is_no_mapping_and_no_network(call: Callable[[Any], Any]) -> None:
+    with pytest.raises(TypeError, match="expected a"):
+        call(MODEL.copy())

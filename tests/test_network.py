@@ -157,32 +157,92 @@ def _net() -> tuple[gsgd.Network, gsgd.network.Features]:
     return net, net.dense("w1", net.input(4), 6)
 
 
+def _state(net: gsgd.Network) -> str:
+    return repr({name: value for name, value in vars(net).items() if name != "_compiled"})
+
+
 @pytest.mark.parametrize(
     ("mistake", "message"),
     [
+        (lambda net, h: net.input(-1), "input: channels"),
+        (lambda net, h: net.input(2.0), "input: channels"),
+        (lambda net, h: net.input(2, ""), "input: reason"),
         (lambda net, h: net.dense("w1", h, 2), "'w1' is described twice"),
+        (lambda net, h: net.dense("w2", h, 2, bias="w1"), "'w1' is described twice"),
+        (lambda net, h: net.dense("w2", h, 2, bias="w2"), "'w2' is described twice"),
+        (lambda net, h: net.dense("", h, 2), "name"),
+        (lambda net, h: net.dense(3, h, 2), "name.* 3"),
+        (lambda net, h: net.dense("w2", h, 2, bias=3), "name.* 3"),
+        (lambda net, h: net.dense("w2", h, 0), "w2: features.* 0"),
+        (lambda net, h: net.dense("w2", h, -2), "w2: features.* -2"),
+        (lambda net, h: net.dense("w2", h, 2.5), r"w2: features.* 2\.5"),
+        (lambda net, h: net.dense("w2", net.take(h, []), 2), "w2: features that it reads"),
+        (lambda net, h: net.conv("w1", h, 4, 3), "'w1' is described twice"),
+        (lambda net, h: net.conv("w2", h, 4, 3, bias="w1"), "'w1' is described twice"),
+        (lambda net, h: net.conv("w2", h, 4, -1), "w2: kernel.* -1"),
+        (lambda net, h: net.conv("w2", h, 4, (3, 0)), "w2: kernel.* 0"),
+        (lambda net, h: net.conv("w2", h, 4, ()), "w2: kernel"),
+        (lambda net, h: net.conv("w2", h, 4, 3, groups=1.0), "w2: groups"),
+        (lambda net, h: net.conv("w2", h, 4, 3, layout=None), "w2: layout None"),
+        (lambda net, h: net.flatten(h, 2.5), "flatten: positions"),
+        (lambda net, h: net.pin(h, None), "pin: reason"),
+        (lambda net, h: net.take(h, 0), "take: expected"),
+        (lambda net, h: net.take(h, [6]), "take: expected.* 6 "),
+        (lambda net, h: net.take(h, None), "take: expected"),
+        (lambda net, h: net.concat(), "concat: expected"),
+        (lambda net, h: net.batch_norm(h, "gamma", "w1"), "'w1' is described twice"),
+        (lambda net, h: net.batch_norm(h, "gamma", "gamma"), "'gamma' is described twice"),
+        (lambda net, h: net.without(["w1", "zz"], "unknown"), "'zz'"),
+        (lambda net, h: net.without(["w1"], None), "without: reason"),
         (lambda net, h: net.dense("w2", h, 2, layout="ab"), "w2: layout 'ab'"),
         (lambda net, h: net.conv("w2", h, 4, 3, groups=4), "w2: groups=4"),
         (lambda net, h: net.conv("w2", h, 4, (1, 1, 1, 1)), "w2: kernel"),
         (lambda net, h: net.conv("w2", h, 4, 3, layout="ohwi"), "layout 'ohwi'"),
         (lambda net, h: net.conv("w2", net.flatten(h, 4), 4, 3), "w2: expected channels"),
-        (lambda net, h: net.flatten(h, 0), "positions 0"),
+        (lambda net, h: net.flatten(h, 0), "flatten: positions"),
         (lambda net, h: net.flatten(h, 4, "rows_first"), "order 'rows_first'"),
-        (lambda net, h: net.add(h, net.input(5)), r"add: .*\[6, 5\]"),
+        (lambda net, h: net.add(h, net.take(h, [0])), r"add: .*\[6, 1\]"),
         (lambda net, h: net.add(h, h, residual="untie"), "residual 'untie'"),
         (lambda net, h: net.batch_norm(h, mode="fast"), "mode 'fast'"),
-        (lambda net, h: net.batch_norm(net.input(2), mode="paper"), "'paper'"),
+        (lambda net, h: net.batch_norm(net._features(np.arange(9, -1, -1)), mode="paper"), "'paper'"),
         (lambda net, h: net.dense("w2", _net()[1], 2), "w2: .*another network"),
         (lambda net, h: net.num_units, r"unit w1\[0\] is never read"),
         (lambda net, h: gsgd.Network.sequential([(3, 2), (4, 5)]), "1: reads 5 features.*writes 3"),
         (lambda net, h: gsgd.Network.sequential([(3,)]), "0: shape"),
+        (lambda net, h: gsgd.Network.sequential([(3, 0)]), "0: shape"),
+        (lambda net, h: gsgd.Network.sequential([(3, 2.5)]), "0: expected"),
         (lambda net, h: gsgd.Network.sequential([]), "at least one weight"),
         (lambda net, h: gsgd.Network.sequential([(3, 2)], layout="hw"), "layout 'hw'"),
     ],
 )
-def test_mistakes_are_named(mistake, message: str) -> None:  # type: ignore[no-untyped-def]
-    with pytest.raises(ValueError, match=message):
-        mistake(*_net())
+def test_mistakes_are_named_and_leave_the_network_as_it_was(mistake, message: str) -> None:  # type: ignore[no-untyped-def]
+    net, h = _net()
+    before = _state(net)
+    with pytest.raises((ValueError, TypeError), match=message):
+        mistake(net, h)
+    assert _state(net) == before
+
+
+def test_numpys_integers_are_integers() -> None:
+    net, h = _net()
+    n = np.int64(3)
+    h = net.flatten(net.conv("w2", h, n, n, groups=n), n)
+    net.output(net.dense("w3", net.take(h, (0, 8)), n))
+    assert net.shapes == {"w1": (6, 4), "w2": (3, 2, 3), "w3": (3, 2)}
+
+
+def test_every_pin_has_a_label_of_its_own() -> None:
+    net = gsgd.Network()
+    h = net.concat(net.input(2), net.input(2))
+    net.output(net.batch_norm(net.dense("w", h, 1), "gamma", "beta"))
+    assert list(net.pins) == [
+        "network input[0]", "network input[1]", "network input 2[0]", "network input 2[1]", "w[0]", "gamma[0]",
+        "source of gamma[0]", "source of beta[0]",
+    ]  # fmt: skip
+
+
+def test_a_network_without_weights() -> None:
+    assert gsgd.Network().invariant_ratio == 0
 
 
 def test_wrong_types_are_named() -> None:

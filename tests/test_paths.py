@@ -179,3 +179,25 @@ def test_path_sgd_in_pytorch_is_that_on_arrays() -> None:
         other.step()
     for name, p in parameters:
         np.testing.assert_allclose(p.detach().numpy(), params[name], rtol=1e-12)
+
+
+def test_balance_of_a_deep_network_and_of_units_that_feed_each_other() -> None:
+    rng = np.random.default_rng(0)
+    deep = gsgd.Network.sequential([(4, 4)] * 150)
+    loops = gsgd.Network()
+    h = loops.dense("in", loops.input(3), 6)
+    for i in range(12):
+        h = loops.add(
+            h, loops.dense(f"loop{i}", h, 6), loops.dense(f"up{i}", loops.relu(loops.dense(f"down{i}", h, 4)), 6)
+        )
+    loops.output(loops.dense("out", h, 2))
+    for net in (deep, loops):
+        params = {name: rng.normal(size=shape) for name, shape in net.shapes.items()}
+        gsgd.rescale(params, net, np.exp(rng.normal(size=net.num_units)))
+        gsgd.balance(params, net)
+        squares = np.zeros((2, net.num_units + 1))
+        for block in net.blocks:
+            w2 = np.square(block.view(params[block.name])).sum(axis=(3, 4, 5))
+            np.add.at(squares[0], block.rows, w2.sum(axis=2).reshape(-1))
+            np.add.at(squares[1], block.cols, w2.sum(axis=1).reshape(-1))
+        np.testing.assert_allclose(squares[0, :-1], squares[1, :-1], rtol=1e-9)

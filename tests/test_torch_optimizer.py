@@ -6,6 +6,7 @@ import pickle
 import subprocess
 import sys
 import textwrap
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -918,6 +919,23 @@ def test_children_of_a_process_that_ran_in_parallel() -> None:
         print(opt.stats.steps)
     """
     run = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(script)], timeout=100, capture_output=True, text=True, check=False
+        [sys.executable, "-P", "-c", textwrap.dedent(script)], timeout=100, capture_output=True, text=True, check=False
     )
     assert (run.returncode, run.stdout.strip()) == (0, "6"), run.stderr
+
+
+def test_a_parameter_that_is_frozen_after_construction_is_named_in_a_warning() -> None:
+    model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3)).double()
+    opt = GSGD(model, lr=0.1)
+    model[2].weight.requires_grad_(False)
+    caught = []
+    for _ in range(2):
+        opt.zero_grad()
+        model(torch.ones(5, 4, dtype=torch.float64)).square().sum().backward()
+        with warnings.catch_warnings(record=True) as found:
+            warnings.simplefilter("always")
+            opt.step()
+        caught.append([str(w.message) for w in found])
+    assert len(caught[0]) == 1
+    assert "'2.weight' was frozen" in caught[0][0]
+    assert caught[1] == []

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
@@ -120,20 +121,25 @@ def report(runs: Runs) -> str:
     for lr, method in product(rates, METHODS):
         own, rescaled = (cells(runs[lr, method, start]) for start in STARTS)
         lines.append(f"{lr:<15g}{method:5}{own}{rescaled}{gap(runs, lr, method):23.1e}")
-    worst, at_worst = max((gap(runs, lr, "G-SGD"), lr) for lr in rates)
-    least, at_least = min((gap(runs, lr, "SGD"), lr) for lr in rates)
     lines += [
         "",
         "loss: cross-entropy over the training set after the last epoch. test error: wrong answers.",
-        "difference: between the training losses from the two starts, at any epoch; inf: one of them diverged.",
-        f"G-SGD: at most {worst:.1e} (learning rate {at_worst:g}): rounding, which unstable training amplifies.",
-        f"SGD: at least {least:.1e} (learning rate {at_least:g}), though both starts are the same function.",
+        "difference: between the training losses from the two starts, at any epoch; inf: one diverged, or did earlier.",
     ]
+    for method, choose, bound, meaning in (
+        ("G-SGD", max, "at most", ": rounding, which unstable training amplifies"),
+        ("SGD", min, "at least", ", though both starts are the same function"),
+    ):
+        trained = [lr for lr in rates if not all(runs[lr, method, start].diverged for start in STARTS)]
+        if trained:
+            value, lr = choose((gap(runs, lr, method), lr) for lr in trained)
+            size = "one start alone diverged" if math.isinf(value) else f"{bound} {value:.1e}"
+            lines.append(f"{method}: {size} (learning rate {lr:g}){meaning}.")
     return "\n".join(lines)
 
 
 def plot(runs: Runs, title: str, path: Path) -> None:
-    """The loss curves as a PNG: one panel for each learning rate."""
+    """The loss curves as a picture: one panel for each learning rate."""
     rates = list(dict.fromkeys(lr for lr, _, _ in runs))
     figure = Figure(figsize=(2.6 * len(rates) + 0.8, 4), layout="constrained")
     panels = figure.subplots(1, len(rates), sharex=True, sharey=True, squeeze=False)[0]
@@ -159,6 +165,21 @@ def plot(runs: Runs, title: str, path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
+def at_least(least: int) -> Callable[[str], int]:
+    def integer(text: str) -> int:
+        if int(text) < least:
+            raise argparse.ArgumentTypeError(f"expected at least {least}, got {text}")
+        return int(text)
+
+    return integer
+
+
+def learning_rate(text: str) -> float:
+    if not 0 < float(text) < math.inf:
+        raise argparse.ArgumentTypeError(f"expected a finite number > 0, got {text}")
+    return float(text)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m gsgd.demo", description=__doc__)
     parser.add_argument("--data", choices=["digits", "fashion"], default="digits", help="default: %(default)s")
@@ -169,14 +190,25 @@ def main(arguments: Sequence[str] | None = None) -> None:
         help="folder of the IDX files, for --data fashion (default: %(default)s)",
     )
     parser.add_argument(
-        "--learning-rates", type=float, nargs="+", default=[0.3, 0.1, 0.03, 0.01], metavar="LR", help="%(default)s"
+        "--learning-rates",
+        type=learning_rate,
+        nargs="+",
+        default=[0.3, 0.1, 0.03, 0.01],
+        metavar="LR",
+        help="default: %(default)s",
     )
-    parser.add_argument("--epochs", type=int, help="default: 40 for digits, 3 for fashion")
-    parser.add_argument("--seed", type=int, default=0, help="of the start and its rescaling (default: %(default)s)")
+    parser.add_argument("--epochs", type=at_least(1), help="default: 40 for digits, 3 for fashion")
     parser.add_argument(
-        "--output", type=Path, default=Path("gsgd-demo.png"), help="the loss curves (default: %(default)s)"
+        "--seed", type=at_least(0), default=0, help="of the start and its rescaling (default: %(default)s)"
     )
+    parser.add_argument("--output", type=Path, help="the loss curves (default: gsgd-demo-DATA.png)")
     options = parser.parse_args(arguments)
+    output = options.output or Path(f"gsgd-demo-{options.data}.png")
+    folder = output.parent
+    if output.is_dir() or not folder.is_dir() or not os.access(output if output.exists() else folder, os.W_OK):
+        parser.error(f"--output {output}: expected a file in a folder that can be written to")
+    if output.suffix[1:] not in (formats := Figure().canvas.get_supported_filetypes()):
+        parser.error(f"--output {output}: expected a name that ends in one of {', '.join(formats)}")
     try:
         data = digits() if options.data == "digits" else idx_folder(options.path)
     except (FileNotFoundError, ValueError) as error:
@@ -187,5 +219,5 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(title)
     runs = compare(data, options.learning_rates, epochs, options.seed)
     print(f"\n{report(runs)}\n")
-    plot(runs, title, options.output)
-    print(f"Loss curves: {options.output.resolve()}")
+    plot(runs, title, output)
+    print(f"Loss curves: {output.resolve()}")

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import operator
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from itertools import chain
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from gsgd import reference
 from gsgd.arrays import check_parameters
 from gsgd.network import BatchNormMode, Network, Residual
-from gsgd.optimizer import ScaleName, Stats, usable_threads
+from gsgd.optimizer import ScaleName, Stats, check_max_ratio, check_scale, check_threads, usable_threads
 from gsgd.paths import path_kappa, require_symmetry
 from gsgd.rates import Rates, adam, rmsprop, sgd
 from gsgd.skeleton import Rule, Skeleton, batch_norm_gradients, explain, make_plan
@@ -85,6 +85,7 @@ class _CoreEngine:
         self.layouts = [(p.stride(), p.dtype) for p in self.aliases]
         follow = _followers(net)
         self.following = [name in follow for name in tensors]
+        self.has_warned = False
         self.plan, _ = make_plan(net, self.arrays, "c")
         self.trees = (anchor.in_edges, anchor.out_edges)
         self.plan.set_trees(*self.trees)
@@ -149,6 +150,7 @@ class _ArrayEngine:
         self.aliases = [p.detach() for p in tensors.values()]
         follow = _followers(net)
         self.following = [name in follow for name in tensors]
+        self.has_warned = False
         device = self.aliases[0].device
 
         def asarray(x: NDArray[Any]) -> Tensor:
@@ -216,15 +218,11 @@ class _PathOptimizer(torch.optim.Optimizer):
         max_ratio: float,
         threads: int | None,
     ) -> None:
-        if scale not in ("balanced", "initial", "ones"):
-            raise ValueError(f"scale: expected 'balanced', 'initial' or 'ones', got {scale!r}")
-        if not (math.isfinite(max_ratio) and max_ratio > 1):
-            raise ValueError(f"max_ratio: expected a finite number > 1, got {max_ratio!r}")
-        if threads is not None and threads < 1:
-            raise ValueError(f"threads: expected at least 1, got {threads!r}")
+        check_scale(scale)
+        self._max_ratio = check_max_ratio(max_ratio)
+        self._threads = None if threads is None else check_threads(threads)
         named, network = named_network(params, network, example_inputs, residual, batch_norm)
         self._engine: _CoreEngine | _ArrayEngine | None = None
-        self._max_ratio, self._threads = max_ratio, threads
         self._stats = Stats()
         super().__init__(named, defaults)
         tensors = self._tensors()
@@ -238,6 +236,7 @@ class _PathOptimizer(torch.optim.Optimizer):
         arrays = {name: p.detach().cpu() for name, p in tensors.items()}
         plain = {n: (a if a.dtype == torch.float64 else a.float()).numpy() for n, a in arrays.items()}
         skeleton = Skeleton(self.network, plain, rule, _scaled=scale == "balanced")
+        skeleton.warn_of_pinned()
         c = skeleton.balanced_scale(plain) if scale == "balanced" else np.ones(self.network.num_units)
         ones = np.ones(self.network.num_units)
         tree_weights = (ones, ones) if scale == "ones" else skeleton.tree_weights(plain)
@@ -324,6 +323,8 @@ class _PathOptimizer(torch.optim.Optimizer):
         for name, g in zip(engine.tensors, gradients, strict=True):
             if g is not None and g.is_sparse:
                 raise TypeError(f"gradient of {name!r}: expected a dense tensor, got a sparse one")
+        if None in gradients:
+            self._warn_of_frozen(engine)
         maximize = [g["maximize"] for g in self.param_groups]
         if any(maximize):
             pairs = zip(gradients, self._group_of, strict=True)
@@ -333,6 +334,17 @@ class _PathOptimizer(torch.optim.Optimizer):
         threads = usable_threads(self._threads or torch.get_num_threads())
         engine.step(gradients, moments, rates, which, self._max_ratio, threads, self._stats)
         return loss
+
+    def _warn_of_frozen(self, engine: _CoreEngine | _ArrayEngine) -> None:
+        """Once per engine: a parameter that was frozen after construction follows the units that it reads."""
+        for (name, p), follows in zip(engine.tensors.items(), engine.following, strict=True):
+            if follows and not p.requires_grad and not engine.has_warned:
+                engine.has_warned = True
+                warnings.warn(
+                    f"parameter {name!r} was frozen after the optimizer was made: it keeps its paths' values, not its "
+                    "weights. Make a new optimizer to keep it as it is.",
+                    stacklevel=4,
+                )
 
     def _rates(
         self, engine: _CoreEngine | _ArrayEngine, gradients: list[Tensor | None]

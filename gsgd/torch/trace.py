@@ -58,7 +58,7 @@ CONVOLUTION = re.compile(r"conv(_transpose)?([123])d")
 _OUT_OF_SIGHT = "it reads a value made out of sight: by TorchScript, vmap or an extension"
 # where torch keeps its kernels without values that are written in Python
 _KERNELS = ("torch._refs", "torch._prims", "torch._decomp", "torch._meta_registrations")
-_TRIED_SIZES = (224, 32, 28, 64, 96, 128, 256, 299)  # spatial extents, when no example inputs are given
+_TRIED_SIZES = (224, 32, 28, 64, 96, 128, 256, 299, 16, 8)  # spatial extents, when no example inputs are given
 _LITERALS = (bool, int, float, str, torch.Size, torch.dtype, torch.device, torch.layout, torch.memory_format)
 
 
@@ -183,7 +183,8 @@ def _count_reads(
             return args, kwargs, mode.reads
     if given is not None and failure is not None:
         raise failure
-    raise ValueError("no input was found on which the model runs: pass example_inputs") from failure
+    reason = f" (the first that was tried: {failure})" if failure else ""
+    raise ValueError(f"no input was found on which the model runs: pass example_inputs{reason}") from failure
 
 
 def _guesses(model: nn.Module) -> Iterator[tuple[tuple[Tensor], dict[str, Any]]]:
@@ -353,6 +354,8 @@ class _Describe(_Follow):
     def collapse(self, nodes: Tensor, dims: Iterable[int]) -> Tensor:
         """What stands along `dims`, which keep extent 1, made one unit."""
         for d in dims:
+            if nodes.shape[d] == 0:
+                raise _NotUnderstood("of no elements")
             first = nodes.narrow(d, 0, 1)
             self.tie(first.expand_as(nodes), nodes)
             nodes = first
@@ -374,6 +377,8 @@ class _Describe(_Follow):
             if id(t) in self.parameters:
                 raise _NotUnderstood(f"its weight {self.parameters[id(t)]} is read {self.reads[id(t)]} times")
             raise _NotUnderstood("its weight is computed, or shares its memory")
+        if not t.numel():
+            raise _NotUnderstood("its weight has no entries")
         return name
 
     # operations
