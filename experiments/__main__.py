@@ -1,0 +1,133 @@
+"""The paper's experiments, and ours, one command each: ``python experiments invariance``."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import report
+import throughput
+import torch
+from data import DEFAULT_FOLDER
+from methods import METHODS
+from plans import PLANS, Plan, Scale, counts
+from training import train_all
+
+HERE = Path(__file__).parent
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(prog="python experiments", description=__doc__)
+    commands = top.add_subparsers(dest="command", required=True)
+    about = {name: plan.what for name, plan in PLANS.items()} | {"throughput": throughput.__doc__}
+    for name, what in about.items():
+        one = commands.add_parser(name, help=what, description=what)
+        one.add_argument("--protocol", choices=["paper", "laptop"], default="laptop", help="default: %(default)s")
+        one.add_argument("--out", type=Path, help="default: experiments/results/<command>, -paper for --protocol paper")
+        one.add_argument("--device", type=torch.device, default=torch.device("cpu"), help="default: %(default)s")
+        one.add_argument("--threads", type=int, default=1, help="of PyTorch and G-SGD (default: %(default)s)")
+        one.add_argument("--width", type=int, nargs="+", help="hidden units, or feature maps of the first stage")
+        if name == "throughput":
+            one.add_argument("--rounds", type=int, default=15, help="their median is taken (default: %(default)s)")
+            one.add_argument("--batch", type=int, default=128, help="images per step (default: %(default)s)")
+            continue
+        one.add_argument("--epochs", type=int)
+        one.add_argument("--seeds", type=int, help="how many: 0, 1, ...")
+        one.add_argument("--rates", type=float, nargs="+", help="the grid of learning rates")
+        one.add_argument("--only", metavar="TEXT", help="the settings and methods whose names contain it")
+        one.add_argument("--images", type=int, help="training images used")
+        one.add_argument(
+            "--data", type=Path, default=DEFAULT_FOLDER, help="folder of the data sets (default: %(default)s)"
+        )
+    return top
+
+
+def scale_of(plan: Plan, options: argparse.Namespace) -> Scale:
+    """The protocol, with what the command line changes."""
+    scale = plan.paper if options.protocol == "paper" else plan.laptop
+    given = {"epochs": options.epochs, "seeds": options.seeds, "widths": options.width, "rates": options.rates,
+             "images": options.images, "conv_images": options.images}  # fmt: skip
+    changed: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items() if v is not None}
+    return replace(scale, **changed)
+
+
+def check_settings(path: Path, settings: dict[str, Any]) -> None:
+    """Results of other settings are not continued; more seeds, widths or learning rates may be added."""
+    if path.exists():
+        old = json.loads(path.read_text())
+        extends = ("seeds", "widths", "rates", "leaves_out", "threads", "device")
+        differ = [k for k in settings if k not in extends and old.get(k) != settings[k]]
+        if differ:
+            names = ", ".join(f"{k} {old.get(k)} there, {settings[k]} now" for k in differ)
+            raise ValueError(f"{path.parent} holds results of other settings ({names}): name another folder with --out")
+    path.write_text(json.dumps(settings, indent=1) + "\n")
+
+
+def train(command: str, options: argparse.Namespace, out: Path) -> str:
+    plan = PLANS[command]
+    scale = scale_of(plan, options)
+    print(f"{command}: {plan.what}\n{scale}", flush=True)
+    every = plan.runs(scale, options.data)
+    runs = [run for run in every if (options.only or "") in f"{run.setting}: {run.name}"]
+    if not runs:
+        raise ValueError(f"--only {options.only!r}: no setting and no method of {command} is called so")
+    names = sorted({run.task.data.name for run in every})
+    settings = {**asdict(scale), "data": names, "threads": options.threads, "device": options.device.type}
+    out.mkdir(parents=True, exist_ok=True)
+    check_settings(out / "settings.json", json.loads(json.dumps(settings)))
+    rows = train_all(runs, scale.epochs, options.device, out)
+    sizes = sorted({f"{len(run.task.data.train_y):,} images of {run.task.data.name}" for run in runs})
+    title = f"{', '.join(sizes)}; {scale.epochs} epochs, mean of {scale.seeds} seeds, best learning rate of each method"
+    if plan.x_label:
+        x = {run.setting: float(run.setting.split("= ")[1]) for run in runs}
+        report.against_setting(rows, x, plan.x_label, title, out / "figure.png")
+    else:
+        report.curves(rows, title, out / "figure.png")
+    head = f"{title}.\nTraining loss after the last epoch (nats), test error: mean ± standard deviation over seeds."
+    own = asdict(plan.paper if options.protocol == "paper" else plan.laptop)
+    changed = [f"{name} {value}" for name, value in asdict(scale).items() if value != own[name]]
+    left = f"This protocol ({options.protocol}) leaves out: {scale.leaves_out}."
+    if changed:
+        left += f" Changed here: {', '.join(changed)}."
+    size = f"\n\n{counts(scale.widths)}" if command == "invariance" else ""
+    text = f"{head}\n{left}{size}\n\n{report.table(runs, rows)}\n"
+    if {run.name for run in runs} >= METHODS.keys():
+        text += f"\nGains by start and step, seed by seed (positive: the second is better):\n\n{report.gains(rows)}\n"
+    return text
+
+
+def time_steps(options: argparse.Namespace, out: Path) -> str:
+    width = options.width[0] if options.width else {"paper": 64, "laptop": 16}[options.protocol]
+    rows = throughput.measure(width, options.batch, options.rounds, options.device)
+    out.mkdir(parents=True, exist_ok=True)
+    with open(out / "steps.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    throughput.figure(rows, out / "figure.png")
+    where = f"{options.device.type}, {options.threads} threads"
+    head = f"Batches of {options.batch}, {where}, median of {options.rounds} rounds."
+    return f"{head}\n\n{throughput.table(rows)}\n"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    top = parser()
+    options = top.parse_args(arguments)
+    torch.set_num_threads(options.threads)
+    suffix = "-paper" if options.protocol == "paper" else ""
+    out = options.out or HERE / "results" / f"{options.command}{suffix}"
+    try:
+        text = time_steps(options, out) if options.command == "throughput" else train(options.command, options, out)
+    except (FileNotFoundError, ValueError) as error:
+        top.error(str(error))
+    (out / "table.md").write_text(text)
+    print(f"\n{text}\nTable, figure and the line of every epoch: {out.resolve()}")
+
+
+if __name__ == "__main__":
+    main()

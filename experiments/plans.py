@@ -1,0 +1,270 @@
+"""Every experiment: what it trains, at the paper's scale and at one that a laptop's CPU does in minutes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from architectures import CONV_NETS, ConvNet, mlp
+from data import Data, cifar10, cifar100, fashion_mnist, mnist
+from methods import METHODS, PAPER, PATH_SGD, Method
+from training import Run, Task
+
+import gsgd.torch
+
+SGD_GRID = (0.1, 0.03, 0.01)
+
+
+@dataclass(frozen=True)
+class Scale:
+    """`images` limits the training images of dense networks, `conv_images` those of networks of convolutions.
+
+    The latter are average-pooled by `shrink`, and `blocks` replaces these networks' stages.
+    """
+
+    epochs: int
+    seeds: int
+    widths: tuple[int, ...]
+    rates: tuple[float, ...]
+    images: int | None = None
+    conv_images: int | None = None
+    shrink: int = 1
+    blocks: tuple[int, ...] | None = None
+    conv_batch: int = 128
+    leaves_out: str = "nothing"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """`tasks`: a task and its methods per setting. `x_label`: the figure is drawn against the settings' numbers."""
+
+    what: str
+    paper: Scale
+    laptop: Scale
+    tasks: Callable[[Scale, Path], Mapping[str, tuple[Task, Mapping[str, Method]]]]
+    x_label: str | None = None
+
+    def runs(self, scale: Scale, folder: Path) -> list[Run]:
+        return [
+            Run(setting, name, float(f"{lr * method.lr_factor:.6g}"), seed, task, method)
+            for setting, (task, methods) in self.tasks(scale, folder).items()
+            for name, method in methods.items()
+            for lr, seed in product(scale.rates, range(scale.seeds))
+        ]
+
+
+Tasks = dict[str, tuple[Task, Mapping[str, Method]]]
+
+
+def mlp_task(data: Data, hidden: Sequence[int], **options: float) -> Task:
+    return Task(data, partial(mlp, (data.train_x[0].numel(), *hidden, data.classes)), **options)  # type: ignore[arg-type]
+
+
+def conv_task(data: Data, name: str, width: int, scale: Scale) -> Task:
+    blocks, shortcut = CONV_NETS[name]
+    model = partial(ConvNet, scale.blocks or blocks, width, shortcut, data.classes)
+    return Task(data, model, scale.conv_batch, decay=True, augment=True)
+
+
+def net_name(name: str, scale: Scale) -> str:
+    """Plain-34, or Plain-10 where its stages were cut."""
+    return name if scale.blocks is None else f"{name.split('-')[0]}-{2 * sum(scale.blocks) + 2}"
+
+
+def pooled_fashion(scale: Scale, folder: Path) -> Data:
+    """Fashion-MNIST average-pooled to 7 x 7 (section 11.6)."""
+    return fashion_mnist(folder).fewer(scale.images).shrunk(4)
+
+
+def small_cifar(scale: Scale, folder: Path) -> Data:
+    return cifar10(folder).fewer(scale.conv_images).shrunk(scale.shrink)
+
+
+def invariance(scale: Scale, folder: Path) -> Tasks:
+    data = pooled_fashion(scale, folder)
+    return {f"h = {h}": (mlp_task(data, (h, h)), METHODS) for h in scale.widths}
+
+
+def rescaled(scale: Scale, folder: Path) -> Tasks:
+    data = pooled_fashion(scale, folder)
+    methods = METHODS | PATH_SGD
+    return {
+        f"k = {k}": (mlp_task(data, (h, h, h), rescaled=k), methods) for h, k in product(scale.widths, (0, 1, 2, 3))
+    }
+
+
+def basis(scale: Scale, folder: Path) -> Tasks:
+    scales, rules = ("balanced", "initial", "ones"), ("modulo", "largest")
+    choices = {f"G-SGD {s}, {r}": Method("he", "G-SGD", {"scale": s, "rule": r}) for s, r in product(scales, rules)}
+    momentum = {"momentum": 0.9}
+    moving = {
+        "SGD, He start": Method("he", "SGD", momentum, 0.1),
+        "SGD, ones start": Method("ones", "SGD", momentum, 0.1),
+        **{f"G-SGD {s}": Method("he", "G-SGD", {"scale": s, **momentum}, 0.1) for s in scales},
+    }
+    normalized = {
+        "SGD, He start": METHODS["SGD, He start"],
+        "SGD, ones start": METHODS["SGD, ones start"],
+        **{
+            f"G-SGD {s}, BN {bn}": Method("he", "G-SGD", {"scale": s, "batch_norm": bn})
+            for s, bn in product(("initial", "ones"), ("exact", "paper", "released"))
+        },
+        "G-SGD balanced, BN exact": Method("he", "G-SGD", {"scale": "balanced", "batch_norm": "exact"}),
+    }
+    dense = pooled_fashion(scale, folder)
+    images = small_cifar(scale, folder)
+    width = scale.widths[0]
+    plain = conv_task(images, "Plain-34", max(1, width // 8), scale)
+    return {
+        f"49-{width}x3-10": (mlp_task(dense, (width,) * 3), METHODS_FOR_REFERENCE | choices),
+        f"49-{width}x3-10, momentum 0.9": (mlp_task(dense, (width,) * 3), moving),
+        f"{net_name('Plain-34', scale)}, {max(1, width // 8)} maps": (plain, normalized),
+    }
+
+
+METHODS_FOR_REFERENCE = {name: METHODS[name] for name in ("SGD, He start", "SGD, ones start")}
+
+
+def signs(scale: Scale, folder: Path) -> Tasks:
+    # with skeleton weights of +-1, the scale of the weights themselves gives the paper's rule
+    methods = {
+        "SGD, ones start": METHODS["SGD, ones start"],
+        "SGD, random signs": Method("signs", "SGD"),
+        "G-SGD ones (paper)": METHODS["G-SGD ones (paper)"],
+        "G-SGD random signs": Method("signs", "G-SGD", {"scale": "initial", **PAPER}),
+    }
+    dense, images = pooled_fashion(scale, folder), small_cifar(scale, folder)
+    width = scale.widths[0]
+    plain = conv_task(images, "Plain-34", max(1, width // 8), scale)
+    return {
+        f"49-{width}-{width}-10": (mlp_task(dense, (width, width)), methods),
+        f"{net_name('Plain-34', scale)}, {max(1, width // 8)} maps": (plain, methods),
+    }
+
+
+def path_sgd(scale: Scale, folder: Path) -> Tasks:
+    methods = METHODS | PATH_SGD
+    sets = (mnist(folder).fewer(scale.images), cifar10(folder).fewer(scale.images).grey())
+    return {f"{d.name}, 5 x {h}": (mlp_task(d, (h,) * 5), methods) for d, h in product(sets, scale.widths)}
+
+
+def regularization(scale: Scale, folder: Path) -> Tasks:
+    """SGD with weight decay against G-SGD with basis-path regularization; the best lambda is read from the table."""
+    lambdas = [0.0, *(f * 10**-a for a in (3, 4, 5, 6) for f in (0.5, 0.2, 0.1))]
+    if scale.blocks is not None:
+        lambdas = [0.0, 5e-4, 5e-5]
+    methods: dict[str, Method] = {}
+    for x in lambdas:
+        decay = {"weight_decay": x}
+        methods[f"SGD, weight decay {x:g}"] = Method("default", "SGD", decay)
+        methods[f"SGD, ones start, weight decay {x:g}"] = Method("ones", "SGD", decay)
+        methods[f"G-SGD ones, lambda {x:g}"] = Method("he", "G-SGD", {"scale": "ones", **PAPER, **decay})
+        methods[f"G-SGD balanced, lambda {x:g}"] = Method("he", "G-SGD", {"scale": "balanced", **decay})
+    data = small_cifar(scale, folder)
+    nets = ("Plain-34", "ResNet-34") if scale.blocks is None else ("ResNet-34",)
+    return {f"{data.name}, {net_name(n, scale)}": (conv_task(data, n, scale.widths[0], scale), methods) for n in nets}
+
+
+def cifar(scale: Scale, folder: Path) -> Tasks:
+    sets = [small_cifar(scale, folder)]
+    if scale.blocks is None:
+        sets.append(cifar100(folder).fewer(scale.conv_images))
+    nets = CONV_NETS if scale.blocks is None else ("Plain-34", "ResNet-34")
+    tasks: Tasks = {}
+    for data, name in product(sets, nets):
+        # ResNet-110 has 16, 32 and 64 maps where the others have 64 to 512
+        width = scale.widths[0] // (4 if name == "ResNet-110" else 1)
+        tasks[f"{data.name}, {net_name(name, scale)}"] = (conv_task(data, name, width, scale), METHODS)
+    return tasks
+
+
+SMALL_CONV: dict[str, Any] = {"conv_images": 2_000, "shrink": 2, "blocks": (1, 1, 1, 1), "conv_batch": 32}
+CUT = "34 layers of 64 to 512 maps (10 of 8 to 64), images of 32 x 32 (pooled to 16 x 16) beyond 2,000"
+
+PLANS = {
+    "invariance": Plan(
+        "section 5.2, table 6, figure 4: 49-h-h-10 on Fashion-MNIST pooled to 7 x 7",
+        Scale(100, 5, (8, 16, 32, 64, 128, 256, 512, 1024), SGD_GRID),
+        Scale(5, 3, (8, 16, 32, 64, 128), SGD_GRID, leaves_out="h = 256 to 1024; epochs 6 to 100; two of five seeds"),
+        invariance,
+        "hidden units per layer, h",
+    ),
+    "rescaled": Plan(
+        "ours: 49-64-64-64-10 from a start of which every unit is rescaled by up to 10^k",
+        Scale(100, 5, (64,), (*SGD_GRID, 1e-3, 1e-4)),
+        Scale(
+            3,
+            2,
+            (64,),
+            (*SGD_GRID, 1e-3, 1e-4),
+            20_000,
+            leaves_out="two thirds of the images; epochs 4 to 100; three of five seeds",
+        ),
+        rescaled,
+        "k: units are rescaled by numbers in [10^-k, 10^k]",
+    ),
+    "basis": Plan(
+        "ours: rule, scale, momentum and treatment of batch normalization",
+        Scale(100, 5, (64,), (1.0, 0.3, 0.1, 0.03, 0.01)),
+        Scale(6, 2, (64,), (0.3, 0.1), 20_000, **SMALL_CONV, leaves_out=f"{CUT}; epochs 7 to 100; three of five seeds"),
+        basis,
+    ),
+    "signs": Plan(
+        "section 11.2: random signs of the skeleton weights",
+        Scale(100, 5, (64,), (1.0, 0.3, 0.1, 0.03, 0.01)),
+        Scale(6, 2, (64,), (0.3, 0.1), 20_000, **SMALL_CONV, leaves_out=f"{CUT}; epochs 7 to 100; three of five seeds"),
+        signs,
+    ),
+    "path_sgd": Plan(
+        "section 5.3, figure 5: 5 hidden layers of 64, MNIST and grey CIFAR-10",
+        Scale(500, 5, (64,), tuple(10.0**-a for a in range(11))),
+        Scale(
+            3,
+            2,
+            (64,),
+            (1.0, 0.1, 0.01, 0.001),
+            20_000,
+            leaves_out="learning rates 1e-4 to 1e-10; images beyond 20,000; epochs 4 to 500; three of five seeds",
+        ),
+        path_sgd,
+    ),
+    "regularization": Plan(
+        "section 11.5, figures 8 and 9: weight decay against basis-path regularization",
+        Scale(164, 5, (64,), (1.0,)),
+        Scale(
+            8,
+            2,
+            (8,),
+            (1.0,),
+            **SMALL_CONV,
+            leaves_out=f"Plain-34; CIFAR-100; 10 of 12 lambdas; {CUT}; epochs 9 to 164; three of five seeds",
+        ),
+        regularization,
+    ),
+    "cifar": Plan(
+        "sections 5.1 and 11.3, tables 1 and 5, figures 3 and 7: Plain-34, ResNet-34 and ResNet-110",
+        Scale(164, 5, (64,), (1.0,)),
+        Scale(
+            8,
+            2,
+            (8,),
+            (1.0, 0.1),
+            **SMALL_CONV,
+            leaves_out=f"ResNet-110; CIFAR-100; {CUT}; epochs 9 to 164; three of five seeds",
+        ),
+        cifar,
+    ),
+}
+
+
+def counts(widths: Sequence[int]) -> str:
+    """Table 6: weights, units and invariant ratio of 49-h-h-10."""
+    lines = ["| h | weights m | units H | invariant ratio H/m |", "|---|---|---|---|"]
+    for h in widths:
+        net = gsgd.torch.trace(mlp((49, h, h, 10)))
+        lines.append(f"| {h} | {net.num_weights} | {net.num_units} | {net.invariant_ratio:.2e} |")
+    return "\n".join(lines)

@@ -1,0 +1,199 @@
+"""The tables and figures of what was trained."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Iterable, Sequence
+from itertools import cycle
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from matplotlib import colormaps
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+from PIL import Image
+from training import Row, Run
+
+Final = dict[
+    tuple[str, str], dict[float, list[Row]]
+]  # the last rows, by setting and method, by learning rate, of all seeds
+
+
+def final_rows(rows: Sequence[Row]) -> Final:
+    last: dict[tuple[str, str, float, int], Row] = {}
+    for row in rows:
+        last[row["setting"], row["method"], row["lr"], row["seed"]] = row
+    final: Final = {}
+    for row in last.values():
+        final.setdefault((row["setting"], row["method"]), {}).setdefault(row["lr"], []).append(row)
+    return final
+
+
+def loss_of(rows: Sequence[Row]) -> float:
+    """The mean training loss over seeds; infinite if a seed diverged."""
+    loss = mean(row["train_loss"] for row in rows)
+    return math.inf if math.isnan(loss) else loss
+
+
+def best(by_rate: dict[float, list[Row]]) -> float:
+    """The learning rate of least final training loss; the test data has no say."""
+    return min(by_rate, key=lambda lr: loss_of(by_rate[lr]))
+
+
+def deviation(values: Sequence[float]) -> float:
+    """The standard deviation over seeds; NaN if one diverged."""
+    if any(math.isnan(v) for v in values):
+        return math.nan
+    return stdev(values) if len(values) > 1 else 0.0
+
+
+def spread(values: Sequence[float], unit: str = "") -> str:
+    """Mean and standard deviation over seeds."""
+    if any(math.isnan(v) for v in values):
+        return "diverged"
+    around = deviation(values)
+    return f"{mean(values):.2f} ± {around:.2f}{unit}" if unit else f"{mean(values):.4g} ± {around:.2g}"
+
+
+def table(runs: Sequence[Run], rows: Sequence[Row]) -> str:
+    """Markdown: per setting and method the final training loss at every learning rate; the best one's test error."""
+    final = final_rows(rows)
+    rates = sorted({float(f"{run.lr / run.method.lr_factor:.6g}") for run in runs}, reverse=True)
+    factors = {(run.setting, run.name): run.method.lr_factor for run in runs}
+    lines = []
+    for setting in dict.fromkeys(run.setting for run in runs):
+        lines += ["", f"**{setting}**", ""]
+        lines.append("| method | " + "".join(f"loss, lr {lr:g} | " for lr in rates) + "best lr | its test error |")
+        lines.append("|---" * (len(rates) + 3) + "|")
+        for name in dict.fromkeys(run.name for run in runs if run.setting == setting):
+            by_rate = final[setting, name]
+            cells = []
+            for lr in rates:
+                at = [rows for own, rows in by_rate.items() if math.isclose(own, lr * factors[setting, name])]
+                cells.append(spread([row["train_loss"] for row in at[0]]) if at else "")
+            lr = best(by_rate)
+            ends = spread([100 * row["test_error"] for row in by_rate[lr]], " %")
+            cells += [f"{lr:g}" if ends != "diverged" else "", ends]
+            lines.append(f"| {name} | " + " | ".join(cells) + " |")
+        scaled: dict[float, list[str]] = {}
+        for (at, name), factor in factors.items():
+            if at == setting and factor != 1:
+                scaled.setdefault(factor, []).append(name)
+        lines += [
+            f"\n{'; '.join(names)}: {factor:g} times the learning rate above." for factor, names in scaled.items()
+        ]
+    return "\n".join(lines).strip()
+
+
+# what a column of `gains` compares: the first method's result minus the second's
+GAINS = {
+    "paper: SGD He - G-SGD ones": ("SGD, He start", "G-SGD ones (paper)"),
+    "start: SGD He - SGD ones": ("SGD, He start", "SGD, ones start"),
+    "step: SGD ones - G-SGD ones": ("SGD, ones start", "G-SGD ones (paper)"),
+    "SGD He - G-SGD initial": ("SGD, He start", "G-SGD initial"),
+    "SGD He - G-SGD balanced": ("SGD, He start", "G-SGD balanced"),
+}
+
+
+def gains(rows: Sequence[Row]) -> str:
+    """Markdown: what the start and the step gain, in training loss and in points of test error, seed by seed.
+
+    At one learning rate the paper's comparison, in the first column, is the sum of the next two.
+    """
+    final = final_rows(rows)
+    lines = [f"| setting | lr | {' | '.join(GAINS)} |", "|---" * (len(GAINS) + 2) + "|"]
+    for setting in dict.fromkeys(setting for setting, _ in final):
+        for lr in [*sorted(final[setting, "SGD, He start"], reverse=True), None]:
+            cells = []
+            for pair in GAINS.values():
+                ends = [final[setting, name] for name in pair]
+                first, second = (sorted(end[best(end) if lr is None else lr], key=lambda r: r["seed"]) for end in ends)
+                both = list(zip(first, second, strict=True))
+                loss = spread([one["train_loss"] - two["train_loss"] for one, two in both])
+                error = spread([100 * (one["test_error"] - two["test_error"]) for one, two in both], " pt")
+                cells.append("diverged" if loss == "diverged" else f"{loss}, {error}")
+            lines.append(f"| {setting} | {'best' if lr is None else format(lr, 'g')} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def curves(rows: Sequence[Row], title: str, path: Path) -> None:
+    """Training loss and test error over epochs, at the best learning rate of every method; mean over seeds."""
+    final = final_rows(rows)
+    settings = list(dict.fromkeys(setting for setting, _ in final))
+    figure = Figure(figsize=(3.6 * len(settings) + 0.6, 6.4), layout="constrained")
+    panels = figure.subplots(2, len(settings), sharex=True, squeeze=False)
+    colours = _colours(final)
+    for column, setting in enumerate(settings):
+        for name in (name for at, name in final if at == setting):
+            lr = best(final[setting, name])
+            chosen = [r for r in rows if (r["setting"], r["method"], r["lr"]) == (setting, name, lr)]
+            epochs = sorted({r["epoch"] for r in chosen})
+            for panel, quantity, factor in zip(panels[:, column], ("train_loss", "test_error"), (1, 100), strict=True):
+                y = [factor * mean(r[quantity] for r in chosen if r["epoch"] == epoch) for epoch in epochs]
+                panel.plot(epochs, y, **colours[name], markersize=3, label=name)
+        panels[0, column].set(title=setting, yscale="log")
+        panels[1, column].set(xlabel="epoch")
+    _finish(figure, panels, title, path)
+
+
+def wide(values: Iterable[float]) -> bool:
+    """Whether an axis of these numbers should be logarithmic."""
+    finite = [v for v in values if math.isfinite(v)]
+    return min(finite) > 0 and max(finite) > 8 * min(finite)
+
+
+def against_setting(rows: Sequence[Row], x: dict[str, float], x_label: str, title: str, path: Path) -> None:
+    """Final training loss and test error of every method at its best learning rate, against a number per setting."""
+    final = final_rows(rows)
+    figure = Figure(figsize=(9, 4.6), layout="constrained")
+    panels = figure.subplots(1, 2, squeeze=False)
+    colours = _colours(final)
+    for name in colours:
+        at = [setting for setting, method in final if method == name]
+        ends = [final[setting, name][best(final[setting, name])] for setting in at]
+        for panel, quantity, factor in zip(panels[0], ("train_loss", "test_error"), (1, 100), strict=True):
+            values = [[factor * row[quantity] for row in end] for end in ends]
+            deviations = [deviation(v) for v in values]
+            positions = [x[setting] for setting in at]
+            panel.errorbar(positions, [mean(v) for v in values], deviations, **colours[name], markersize=3, label=name)
+    losses = [row["train_loss"] for by_rate in final.values() for row in by_rate[best(by_rate)]]
+    panels[0, 0].set_yscale("log" if wide(losses) else "linear")
+    for panel in panels[0]:
+        panel.set(xlabel=x_label, xscale="log" if wide(x.values()) else "linear")
+        panel.set_xticks(list(x.values()), [f"{v:g}" for v in x.values()])
+        panel.minorticks_off()
+    _finish(figure, panels.T, title, path)
+
+
+def save(figure: Figure, path: Path) -> None:
+    """As a PNG of 64 colours: a quarter of the size."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=90)
+    Image.open(buffer).quantize(64).save(path, optimize=True)
+
+
+def _colours(final: Final) -> dict[str, dict[str, Any]]:
+    """A line per method: SGD in reds to yellows, G-SGD in blues to greens, the others grey."""
+    names = list(dict.fromkeys(name for _, name in final))
+    kinds = {
+        "autumn": [n for n in names if n.startswith("SGD")],
+        "viridis": [n for n in names if n.startswith("G-SGD")],
+        "Greys_r": [n for n in names if not n.startswith(("SGD", "G-SGD"))],
+    }
+    colour = {n: colormaps[kind](0.8 * i / len(own)) for kind, own in kinds.items() for i, n in enumerate(own)}
+    return {n: {"color": colour[n], "marker": marker} for n, marker in zip(names, cycle("osv^D<>XP*dph"), strict=False)}
+
+
+def _finish(figure: Figure, panels: NDArray[Any], title: str, path: Path) -> None:
+    for row, label in zip(panels, ("training loss (nats)", "test error (%)"), strict=True):
+        row[0].set_ylabel(label)
+    for panel in panels.flat:
+        panel.grid(alpha=0.25)
+    figure.suptitle(title, fontsize="medium")
+    unique = {
+        label: line for panel in panels.flat for line, label in zip(*panel.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(unique.values(), unique.keys(), loc="outside lower center", ncols=4, frameon=False, fontsize="small")
+    save(figure, path)

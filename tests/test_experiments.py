@@ -1,0 +1,294 @@
+"""The experiments at a tiny scale, on data made here."""
+
+import io
+import pickle
+import re
+import runpy
+import sys
+import tarfile
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("matplotlib")
+Image = pytest.importorskip("PIL.Image")
+
+EXPERIMENTS = Path(__file__).parents[1] / "experiments"
+Command = Callable[..., str]
+
+
+def idx(array: np.ndarray) -> bytes:
+    return bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">u4").tobytes() + array.tobytes()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A few random images in the files of MNIST, Fashion-MNIST, CIFAR-10 and CIFAR-100."""
+    folder = tmp_path_factory.mktemp("data")
+    rng = np.random.default_rng(0)
+    grey = {kind: rng.integers(0, 256, (n, 28, 28), np.uint8) for kind, n in (("train", 64), ("test", 20))}
+    labels = {kind: (np.arange(len(x)) % 10).astype(np.uint8) for kind, x in grey.items()}
+    np.savez(
+        folder / "mnist.npz", **{f"{k}_{w}": d[k] for w, d in (("images", grey), ("labels", labels)) for k in grey}
+    )
+    (folder / "fashion-mnist").mkdir()
+    for kind, name in (("train", "train"), ("test", "t10k")):
+        (folder / "fashion-mnist" / f"{name}-images-idx3-ubyte").write_bytes(idx(grey[kind]))
+        (folder / "fashion-mnist" / f"{name}-labels-idx1-ubyte").write_bytes(idx(labels[kind]))
+    for name, batches, key, classes in (
+        ("cifar-10-batches-py", [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"], b"labels", 10),
+        ("cifar-100-python", ["train", "test"], b"fine_labels", 100),
+    ):
+        (folder / name).mkdir()
+        for batch in batches:
+            pixels = rng.integers(0, 256, (100, 3072), np.uint8)
+            content = {b"data": pixels, key: [i % classes for i in range(100)]}
+            (folder / name / batch).write_bytes(pickle.dumps(content))
+    return folder
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, folder: Path, tmp_path: Path) -> Command:
+    """``python experiments ...`` in this process; what it wrote to table.md."""
+    monkeypatch.syspath_prepend(str(EXPERIMENTS))
+    threads = torch.get_num_threads()
+
+    def run(name: str, *arguments: str, out: Path = tmp_path / "out", data: Path = folder) -> str:
+        given = [] if name == "throughput" else ["--data", str(data)]
+        monkeypatch.setattr(sys, "argv", ["experiments", name, *given, "--out", str(out), *arguments])
+        runpy.run_path(str(EXPERIMENTS), run_name="__main__")
+        return (out / "table.md").read_text()
+
+    yield run
+    torch.set_num_threads(threads)
+
+
+TINY = ("--epochs", "1", "--seeds", "1", "--rates", "0.1", "--images", "32", "--width", "4")
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("invariance", ["h = 4"]),
+        ("rescaled", ["k = 0", "k = 3"]),
+        ("basis", ["49-4x3-10", "49-4x3-10, momentum 0.9", "Plain-10, 1 maps"]),
+        ("signs", ["49-4-4-10", "Plain-10, 1 maps"]),
+        ("path_sgd", ["MNIST, 5 x 4", "grey CIFAR-10, 5 x 4"]),
+        ("regularization", ["CIFAR-10, ResNet-10"]),
+        ("cifar", ["CIFAR-10, Plain-10", "CIFAR-10, ResNet-10"]),
+    ],
+)
+def test_every_command_trains_every_method(command: Command, tmp_path: Path, name: str, settings: list[str]) -> None:
+    from training import COLUMNS, read_rows
+
+    text = command(name, *TINY)
+    rows = read_rows(tmp_path / "out" / "epochs.csv")
+    assert tuple(rows[0]) == COLUMNS
+    assert {row["setting"] for row in rows} >= set(settings)
+    for row in rows:
+        assert f"**{row['setting']}**" in text
+        assert f"| {row['method']} |" in text
+        assert row["train_loss"] > 0
+        assert 0 <= row["test_error"] <= 1
+    compared = {row["method"] for row in rows}
+    if name not in ("basis", "signs", "regularization"):
+        assert compared >= {"SGD, default start", "SGD, He start", "SGD, ones start", "G-SGD ones (paper)", "AdamW"}
+    assert ("Path-SGD" in compared) == (name in ("rescaled", "path_sgd"))
+    assert (tmp_path / "out" / "figure.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_throughput_is_relative_to_sgd(command: Command) -> None:
+    text = command("throughput", "--rounds", "1", "--width", "1", "--batch", "2")
+    assert text.count("| 1.000 |") >= 3
+    assert text.count("G-SGD balanced") == 3
+
+
+def test_the_paper_protocol_has_the_paper_s_scale(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(EXPERIMENTS))
+    from plans import PLANS, counts
+
+    runs = PLANS["cifar"].runs(PLANS["cifar"].paper, folder)
+    settings = {run.setting: run.task for run in runs}
+    assert list(settings) == [
+        f"{d}, {n}" for d in ("CIFAR-10", "CIFAR-100") for n in ("Plain-34", "ResNet-34", "ResNet-110")
+    ]
+    depths = {}
+    for setting, task in settings.items():
+        kernels = [m for m in task.model().modules() if isinstance(m, torch.nn.Conv2d) and m.kernel_size == (3, 3)]
+        depths[setting] = len(kernels) + 1
+        assert task.decay
+        assert task.augment
+        assert task.batch == 128
+    assert list(depths.values()) == [34, 34, 110] * 2
+    table6 = counts(PLANS["invariance"].paper.widths)
+    for h, weights in zip(
+        (8, 16, 32, 64, 128, 256, 512, 1024), (536, 1200, 2912, 7872, 23936, 80640, 292352, 1108992), strict=True
+    ):
+        assert f"| {h} | {weights} | {2 * h} |" in table6
+
+
+def test_an_interrupted_command_continues_to_the_same_lines(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import training
+
+    arguments = ("basis", "--epochs", "3", "--seeds", "1", "--rates", "0.1", "--images", "48", "--width", "8")
+    whole = command(*arguments, out=tmp_path / "whole")
+    own, calls = training.one_epoch, 0
+
+    def interrupting(*given: object) -> None:
+        nonlocal calls
+        calls += 1
+        if calls % 8 == 0:
+            raise KeyboardInterrupt
+        own(*given)
+
+    monkeypatch.setattr(training, "one_epoch", interrupting)
+    for _ in range(100):
+        try:
+            assert command(*arguments, out=tmp_path / "parts") == whole
+            break
+        except KeyboardInterrupt:
+            pass
+    assert calls > 50
+    lines = [(tmp_path / out / "epochs.csv").read_text() for out in ("whole", "parts")]
+    assert lines[0] == lines[1]
+    assert not list(tmp_path.glob("*/checkpoint*"))
+
+
+def test_results_of_other_settings_are_not_mixed(command: Command, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ("invariance", *TINY)
+    first = command(*arguments)
+    assert "Changed here: epochs 1, seeds 1, widths (4,), rates (0.1,), images 32" in first
+    assert command(*arguments) == first
+    with pytest.raises(SystemExit):
+        command(*arguments, "--epochs", "2")
+    assert "epochs 1 there, 2 now" in capsys.readouterr().err
+    assert command(*arguments, "--seeds", "2").count("±") == first.count("±")
+
+
+def test_one_line_alone(command: Command, capsys: pytest.CaptureFixture[str]) -> None:
+    text = command("path_sgd", *TINY, "--only", "grey CIFAR-10, 5 x 4: Path-SGD")
+    assert text.count("| Path-SGD |") == 1
+    assert "SGD, He start" not in text
+    assert "SGD, He start" in command("path_sgd", *TINY)
+    with pytest.raises(SystemExit):
+        command("path_sgd", *TINY, "--only", "Adagrad")
+    assert "--only 'Adagrad'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("path_sgd", "mnist is not in .*mnist.npz.*IDX"),
+        ("cifar", "cifar-10 is not in .*cifar-10-batches-py.*cs.toronto.edu"),
+    ],
+)
+def test_missing_data_says_where_to_get_it(
+    command: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, said: str
+) -> None:
+    with pytest.raises(SystemExit):
+        command(name, data=tmp_path)
+    assert re.search(said, capsys.readouterr().err)
+
+
+def test_loaders(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(EXPERIMENTS))
+    import data
+
+    digits, clothes = data.mnist(folder), data.fashion_mnist(folder)
+    for one, other in zip(digits[1:], clothes[1:], strict=True):
+        torch.testing.assert_close(one, other)
+    assert digits.shrunk(4).train_x.shape == (64, 1, 7, 7)
+    assert digits.shrunk(4).train_x[3, 0, 1, 2].item() == pytest.approx(digits.train_x[3, 0, 4:8, 8:12].mean().item())
+    kept = digits.fewer(10)
+    at = next(i for i in range(64) if torch.equal(digits.train_x[i], kept.train_x[7]))
+    assert digits.train_y[at] == kept.train_y[7]
+
+    cifar = data.cifar10(folder)
+    assert cifar.train_x.shape == (500, 3, 32, 32)
+    batch = pickle.loads((folder / "cifar-10-batches-py" / "data_batch_2").read_bytes())
+    assert cifar.train_x[103, 1, 2, 5].item() == pytest.approx(batch[b"data"][3, 1024 + 2 * 32 + 5] / 255)
+    assert data.cifar100(folder).classes == 100
+    assert cifar.grey().test_x.shape == (100, 1, 32, 32)
+
+    with tarfile.open(tmp_path / "cifar10_jpeg.tar.xz", "w:xz") as archive:
+        for kind in ("train", "test"):
+            for name, colour in (("bird", (200, 10, 90)), ("airplane", (0, 120, 255))):
+                content = io.BytesIO()
+                Image.new("RGB", (32, 32), colour).save(content, "JPEG")
+                member = tarfile.TarInfo(f"{kind}/{name}/0000.jpg")
+                member.size = content.tell()
+                content.seek(0)
+                archive.addfile(member, content)
+    jpegs = data.cifar10(tmp_path)
+    assert "JPEG" in jpegs.name
+    assert jpegs.train_y.tolist() == [1, 0]
+    np.testing.assert_allclose(jpegs.train_x[0, :, 5, 6] * 255, (200, 10, 90), atol=6)
+
+
+@pytest.mark.parametrize("net", ["mlp", "Plain-34", "ResNet-34"])
+def test_sgd_starts_where_g_sgd_ones_starts(net: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(EXPERIMENTS))
+    from architectures import CONV_NETS, ConvNet, mlp
+    from methods import METHODS, optimizer, start
+
+    models = {}
+    for name in ("SGD, He start", "SGD, ones start", "G-SGD ones (paper)"):
+        torch.manual_seed(3)
+        model = mlp((6, 4, 5, 3)) if net == "mlp" else ConvNet((1, 1), 2, CONV_NETS[net][1], 10)
+        start(model, METHODS[name].start, 3)
+        optimizer(model, METHODS[name], 0.1)
+        models[name] = torch.cat([p.detach().flatten() for p in model.parameters()])
+    he, ones, gsgd = models.values()
+    assert torch.equal(ones, gsgd)
+    assert (ones[ones != he] == 1).all()
+    assert (ones != he).sum() >= 4
+
+
+def test_crops_are_windows_of_the_padded_image(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(EXPERIMENTS))
+    from training import cropped
+
+    x = torch.arange(1.0, 1 + 20 * 2 * 64).reshape(20, 2, 8, 8)
+    crops = cropped(x, torch.Generator().manual_seed(0))
+    padded = torch.nn.functional.pad(x, (4, 4, 4, 4))
+    found = set()
+    for image, crop in zip(padded, crops, strict=True):
+        windows = {(i, j, flip): image[:, i : i + 8, j : j + 8] for i in range(9) for j in range(9) for flip in (0, 1)}
+        same = [at for at, w in windows.items() if torch.equal(w.flip(2) if at[2] else w, crop)]
+        assert same
+        found.add(same[0])
+    assert len(found) > 10
+    assert {flip for _, _, flip in found} == {0, 1}
+
+
+def test_diverged_runs_are_reported_and_never_best(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.syspath_prepend(str(EXPERIMENTS))
+    import report
+    from methods import METHODS
+    from training import COLUMNS, Run
+
+    losses = {1.0: (0.1, float("nan")), 0.1: (0.3, 0.5), 0.01: (0.9, float("nan"))}
+    rows, runs = [], []
+    for name, (lr, ends) in product(METHODS, losses.items()):
+        for seed, loss in enumerate(ends):
+            if name != "G-SGD balanced" or lr != 0.1:  # all that it has diverged
+                rows.append(dict(zip(COLUMNS, ("k = 1", name, lr, seed, 1, loss, loss / 2, 0), strict=True)))
+                runs.append(Run("k = 1", name, lr, seed, None, replace(METHODS[name], lr_factor=1.0)))
+    text = report.table(runs, rows)
+    assert "| SGD, He start | diverged | 0.4 ± 0.14 | diverged | 0.1 | 20.00 ± 7.07 % |" in text
+    assert "| G-SGD balanced | diverged |  | diverged |  | diverged |" in text
+    rows = [row for row in rows if row["method"] != "G-SGD balanced"] + [
+        row | {"method": "G-SGD balanced"} for row in rows if row["method"] == "G-SGD initial"
+    ]
+    assert "| k = 1 | best | 0 ± 0, 0.00 ± 0.00 pt |" in report.gains(rows)
+    assert "| k = 1 | 1 | diverged |" in report.gains(rows)
+    report.curves(rows, "", tmp_path / "curves.png")
+    report.against_setting([r for r in rows if r["lr"] != 0.1], {"k = 1": 1}, "k", "", tmp_path / "settings.png")
+    assert len(list(tmp_path.glob("*.png"))) == 2
