@@ -46,6 +46,7 @@ typedef struct {
 struct gsgd_plan {
     ptrdiff_t units, blocks;
     block *block;
+    ptrdiff_t *order; /* blocks that gather, then the others */
     tree_edge *in, *out;
     int64_t *in_unit;    /* source of the in-edge */
     int64_t *out_unit;   /* destination of the out-edge */

@@ -15,6 +15,7 @@ void gsgd_destroy(gsgd_plan *plan) {
         free(plan->block[k].place);
     }
     free(plan->block);
+    free(plan->order);
     free(plan->in);
     free(plan->in_unit);
     free(plan->active);
@@ -74,11 +75,12 @@ gsgd_status gsgd_create(gsgd_plan **out, ptrdiff_t units, ptrdiff_t arrays, cons
     plan->units = units;
     plan->blocks = blocks;
     plan->block = calloc((size_t)blocks + 1, sizeof *plan->block);
+    plan->order = calloc((size_t)blocks + 1, sizeof *plan->order);
     plan->in = calloc(2 * n, sizeof *plan->in);
     plan->in_unit = calloc(5 * n, sizeof *plan->in_unit);
     plan->active = calloc(2 * n, 1);
     plan->memory = calloc(15 * n + 2 * ONES, sizeof *plan->memory);
-    if (!plan->block || !plan->in || !plan->in_unit || !plan->active || !plan->memory) {
+    if (!plan->block || !plan->order || !plan->in || !plan->in_unit || !plan->active || !plan->memory) {
         gsgd_destroy(plan);
         return GSGD_NO_MEMORY;
     }
@@ -327,6 +329,11 @@ gsgd_status gsgd_set_trees(gsgd_plan *plan, const gsgd_edge *in, const gsgd_edge
         b->line_inv_rho = b->gathers ? (double *)b->line + 2 * line : plan->ones[b->type];
         b->seen[0].data = NULL;
     }
+    ptrdiff_t placed = 0;
+    for (int gathers = 1; gathers >= 0; --gathers)
+        for (ptrdiff_t k = 0; k < plan->blocks; ++k)
+            if (plan->block[k].gathers == gathers)
+                plan->order[placed++] = k;
     for (int64_t u = 0; u < plan->units; ++u) {
         if (!plan->active[u])
             continue;

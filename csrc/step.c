@@ -160,8 +160,8 @@ static void apply_block(block *b, ptrdiff_t first, ptrdiff_t last, const gsgd_ra
 
 static void gather(job *j) {
     ptrdiff_t done = 0, task = next_piece(&j->gather_task);
-    for (ptrdiff_t k = 0; k < j->plan->blocks; ++k) {
-        block *b = &j->plan->block[k];
+    for (ptrdiff_t n = 0; n < j->plan->blocks; ++n) {
+        block *b = &j->plan->block[j->plan->order[n]];
         ptrdiff_t tasks = b->gather_pieces ? (b->gather_pieces - 1) / b->gather_chunk + 1 : 0;
         for (; task - done < tasks; task = next_piece(&j->gather_task)) {
             ptrdiff_t first = (task - done) * b->gather_chunk, last = first + b->gather_chunk;
@@ -175,8 +175,8 @@ static void gather(job *j) {
 /* Backwards: what was gathered last is still in the cache. */
 static void apply(job *j) {
     ptrdiff_t done = 0, task = next_piece(&j->apply_task);
-    for (ptrdiff_t k = j->plan->blocks; k-- > 0;) {
-        block *b = &j->plan->block[k];
+    for (ptrdiff_t n = j->plan->blocks; n-- > 0;) {
+        block *b = &j->plan->block[j->plan->order[n]];
         ptrdiff_t tasks = b->apply_pieces ? (b->apply_pieces - 1) / b->apply_chunk + 1 : 0;
         for (; task - done < tasks; task = next_piece(&j->apply_task)) {
             ptrdiff_t first = (tasks - 1 - (task - done)) * b->apply_chunk, last = first + b->apply_chunk;
