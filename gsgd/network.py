@@ -233,6 +233,7 @@ class Network:
         self._batch_norm: dict[str, str] = {}
         self._writer: dict[int, str] = {}  # node -> the layer that made it
         self._compiled: _Compiled | None = None
+        self._others: tuple[str, ...] = ()  # parameters that a tracer saw and left out
 
     # nodes and units
 
@@ -601,14 +602,15 @@ class Network:
     def without(self, names: Iterable[str], reason: str) -> Network:
         """A copy that does not mention these parameters: the units that meet them are pinned, for this reason."""
         _text(reason, "without: reason")
-        net = copy.deepcopy(self)
-        for name in set(names):
+        net, names = copy.deepcopy(self), list(dict.fromkeys(names))
+        for name in names:
             if name not in net._by_name:
                 raise ValueError(f"without: the network has no parameter {name!r}")
             layer = net._by_name.pop(name)
             net._operations.remove(layer)
             for _, _, rows, cols in layer.blocks:
                 net._pin([*rows.tolist(), *cols.tolist()], reason)
+        net._others = tuple(dict.fromkeys((*net._others, *names)))
         return net
 
     # what follows from the description
@@ -700,6 +702,8 @@ class Network:
         weights, units = self.num_weights, len(compiled.labels)
         lines.append("")
         lines.append(f"{weights:,} weights (m), {units:,} units (H), {weights - units:,} basis paths (m - H)")
+        if self._others:
+            lines.append(f"not described, plain steps: {', '.join(self._others)}")
         return "\n".join(lines)
 
 

@@ -60,8 +60,11 @@ def main(directory: Path, rank: int) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{directory / 'meet'}", rank=rank, world_size=2)
     model = Net()
+    if rank:  # a start of its own, over which DDP writes that of the other process
+        for p in model.parameters():
+            nn.init.normal_(p)
+    opt = GSGD(model, **SETTINGS)
     parallel = DistributedDataParallel(model)
-    opt = GSGD(parallel, **SETTINGS)
     train(parallel, opt, slice(4 * rank, 4 * rank + 4))
     result = {"weights": dict(model.named_parameters()), "units": opt.network.num_units, "state": opt.state_dict()}
     torch.save({**result, "sharded": shard(Net())}, directory / f"{rank}.pt")

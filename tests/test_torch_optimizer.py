@@ -939,3 +939,24 @@ def test_a_parameter_that_is_frozen_after_construction_is_named_in_a_warning() -
     assert len(caught[0]) == 1
     assert "'2.weight' was frozen" in caught[0][0]
     assert caught[1] == []
+
+
+@pytest.mark.parametrize("scale", ["balanced", "initial"])
+def test_weights_that_are_loaded_before_the_first_step_set_the_scale(scale: str) -> None:
+    torch.manual_seed(0)
+    one, other = (mlp([5, 9, 7, 3]).double() for _ in range(2))
+    opt = GSGD(other, lr=0.05, momentum=0.9, scale=scale, rule="largest")
+    other.load_state_dict(one.state_dict())
+    made_then = GSGD(one, lr=0.05, momentum=0.9, scale=scale, rule="largest")
+    x = torch.randn(8, 5, dtype=torch.float64)
+    for _ in range(4):
+        for model, o in ((one, made_then), (other, opt)):
+            o.zero_grad()
+            model(x).square().mean().backward()
+            o.step()
+    assert all(map(torch.equal, one.parameters(), other.parameters()))
+
+
+def test_a_model_without_units_is_told_of() -> None:
+    with pytest.warns(UserWarning, match="no unit was found"):
+        GSGD(nn.Sequential(nn.Linear(3, 4), nn.GELU(), nn.Linear(4, 2)))

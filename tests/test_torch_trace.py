@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -503,3 +504,23 @@ def test_verify_names_what_the_model_lacks() -> None:
 def test_gsgd_does_not_import_torch() -> None:
     code = "import sys, gsgd; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-P", "-c", code], check=True)  # -P: the installed package
+
+
+def test_activation_checkpointing() -> None:
+    class Checkpointed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 8), nn.Linear(8, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(torch.utils.checkpoint.checkpoint(lambda t: torch.relu(self.a(t)), x, use_reentrant=False))
+
+    model = Checkpointed()
+    net = trace(model)
+    assert net.num_units == 8
+    verify(model, net, torch.randn(5, 4))
+
+
+def test_parameters_that_are_not_described_are_listed() -> None:
+    model = nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8), nn.ReLU(), nn.Linear(8, 3))
+    assert "not described, plain steps: 1.weight, 1.bias" in str(trace(model))

@@ -233,20 +233,39 @@ class _PathOptimizer(torch.optim.Optimizer):
         fixed = [n for n in network.shapes if n not in tensors or not tensors[n].requires_grad]
         self.network = network.without(fixed, "meets a parameter that is not trained") if fixed else network
         tensors = self._tensors()
-        arrays = {name: p.detach().cpu() for name, p in tensors.items()}
-        plain = {n: (a if a.dtype == torch.float64 else a.float()).numpy() for n, a in arrays.items()}
-        skeleton = Skeleton(self.network, plain, rule, _scaled=scale == "balanced")
+        if not self.network.num_units:
+            warnings.warn("no unit was found that can be rescaled: every step is a plain one", stacklevel=3)
+        self._scale, self._rule = scale, rule
+        self._anchor, skeleton = self._find_anchor()
         skeleton.warn_of_pinned()
-        c = skeleton.balanced_scale(plain) if scale == "balanced" else np.ones(self.network.num_units)
-        ones = np.ones(self.network.num_units)
-        tree_weights = (ones, ones) if scale == "ones" else skeleton.tree_weights(plain)
-        self._anchor = _Anchor(*skeleton.edge_arrays, *tree_weights, c)
         self._current_engine()  # refuses what no step can be taken on
         if scale == "ones":
+            tensors = self._tensors()
             with torch.no_grad():
                 for edge in {*skeleton.in_edges, *skeleton.out_edges} - {None}:
                     name, index = edge  # type: ignore[misc]
                     tensors[name][index] = 1
+        # weights may be replaced before the first step: a checkpoint, or those of another process (DDP)
+        self._seen: list[Any] | None = None if scale == "ones" else self._versions()
+
+    def _find_anchor(self) -> tuple[_Anchor, Skeleton]:
+        """The trees and the reference scale of the weights as they are."""
+        arrays = {name: p.detach().cpu() for name, p in self._tensors().items()}
+        plain = {n: (a if a.dtype == torch.float64 else a.float()).numpy() for n, a in arrays.items()}
+        skeleton = Skeleton(self.network, plain, self._rule, _scaled=self._scale == "balanced")
+        ones = np.ones(self.network.num_units)
+        c = skeleton.balanced_scale(plain) if self._scale == "balanced" else ones
+        tree_weights = (ones, ones) if self._scale == "ones" else skeleton.tree_weights(plain)
+        return _Anchor(*skeleton.edge_arrays, *tree_weights, c), skeleton
+
+    def _versions(self) -> list[Any]:
+        return [(p._version, p.data_ptr(), p.stride()) for p in self._tensors().values()]
+
+    def _settle(self) -> None:
+        """Before the first step: take the trees and the scale anew if weights were replaced since construction."""
+        if self._seen is not None and self._seen != self._versions():
+            self._anchor, _ = self._find_anchor()
+            self._seen, self._engine = self._versions(), None
 
     @property
     def stats(self) -> Stats:
@@ -316,10 +335,11 @@ class _PathOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if all(p.grad is None for g in self.param_groups for p in g["params"]):
+            return loss
+        self._settle()
         engine = self._current_engine()
         gradients = [p.grad for p in engine.tensors.values()]
-        if all(g is None for g in gradients):
-            return loss
         for name, g in zip(engine.tensors, gradients, strict=True):
             if g is not None and g.is_sparse:
                 raise TypeError(f"gradient of {name!r}: expected a dense tensor, got a sparse one")
@@ -333,6 +353,7 @@ class _PathOptimizer(torch.optim.Optimizer):
         moments = [self._moments(p, rates[i]) for p, i in zip(engine.tensors.values(), which, strict=True)]
         threads = usable_threads(self._threads or torch.get_num_threads())
         engine.step(gradients, moments, rates, which, self._max_ratio, threads, self._stats)
+        self._seen = None
         return loss
 
     def _warn_of_frozen(self, engine: _CoreEngine | _ArrayEngine) -> None:
@@ -368,6 +389,7 @@ class _PathOptimizer(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """As of every optimizer, and under "gsgd" the skeleton and the reference scale."""
+        self._settle()
         state = super().state_dict()
         anchor = {name: torch.from_numpy(getattr(self._anchor, name).copy()) for name in _ANCHOR}
         state["gsgd"] = {**anchor, "steps": self._stats.steps, "clamped": int(self._stats.clamped)}
@@ -390,10 +412,12 @@ class _PathOptimizer(torch.optim.Optimizer):
             group["param_names"] = own  # those in the state may be of a wrapped model
         self._anchor, self._engine = anchor, None
         if given is not None:
+            self._seen = None
             self._stats = Stats(given["steps"], given["clamped"])
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = ("network", "_anchor", "_max_ratio", "_threads")
+        self._settle()
+        kept = ("network", "_anchor", "_scale", "_rule", "_max_ratio", "_threads")
         return {**super().__getstate__(), **{name: getattr(self, name) for name in kept}, "_stats": self.stats}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -401,7 +425,7 @@ class _PathOptimizer(torch.optim.Optimizer):
         for group in self.param_groups:
             for name, value in self.defaults.items():
                 group.setdefault(name, value)
-        self._engine = None
+        self._engine = self._seen = None
 
 
 class GSGD(_PathOptimizer):
@@ -426,6 +450,9 @@ class GSGD(_PathOptimizer):
     -----
     Float32 and float64 tensors on the CPU are updated by the C core in place, without copies, on the strides that
     they have. Other tensors take the same step in array operations on their device.
+
+    The skeleton and the reference scale are those of the weights at the first step. Where weights are replaced later
+    than that (but for rescalings), make a new optimizer.
 
     A parameter whose gradient is None takes no step of its own: its paths keep their values, for which its weights
     may have to follow a unit that is rescaled.

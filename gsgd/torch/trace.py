@@ -110,6 +110,7 @@ def trace(
     args, kwargs, reads = _count_reads(ghost, arguments(example_inputs) if example_inputs is not None else None)
     describe = _Describe(Network(), residual, batch_norm, parameters, reads)
     describe.follow(ghost, args, kwargs)
+    describe.net._others = tuple(name for name in names.values() if name not in describe.net.shapes)
     return describe.net
 
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.utils._pytree import tree_map_only
 
 from gsgd.network import Network
@@ -63,32 +64,35 @@ class _Copy:
         self.inner = {outer: name for name, outer in names.items()}
         self.inputs = arguments(example_inputs)
 
-    def outputs(self, weights: Mapping[str, Any], training: bool) -> list[Tensor]:
-        """What the model returns with `weights`; dropout is the same in every call, and buffers keep their values."""
-        tensors = {self.inner[n]: torch.as_tensor(w) for n, w in weights.items()}
-        buffers = {n: b.clone() for n, b in self.model.named_buffers()}
+    def run(self, weights: Arrays, training: bool) -> tuple[nn.Module, list[Tensor]]:
+        """A copy with `weights`, and what it returns; dropout is the same in every call, and buffers keep their values.
+
+        A copy, since backward may run a part of the module again (activation checkpointing).
+        """
+        model = copy.deepcopy(self.model).train(training)
+        model.load_state_dict({self.inner[n]: torch.as_tensor(w) for n, w in weights.items()}, strict=False)
         args, kwargs = tree_map_only(Tensor, _double, self.inputs)
-        self.model.train(training)
         with torch.random.fork_rng(devices=[]), torch.compiler.set_stance("force_eager"):
             torch.manual_seed(self.seed)
-            return output_tensors(functional_call(self.model, {**tensors, **buffers}, args, kwargs))
+            return model, output_tensors(model(*args, **kwargs))
 
     def values(self, training: bool, weights: Arrays) -> list[NDArray[Any]]:
         """The outputs as NumPy arrays."""
         with torch.no_grad():
-            return [y.numpy() for y in self.outputs(weights, training)]
+            return [y.numpy() for y in self.run(weights, training)[1]]
 
     def gradients(self, training: bool, weights: Arrays) -> Arrays:
         """Of a random linear functional of the outputs; 0 if they have none."""
-        leaves = {n: torch.tensor(w, requires_grad=True) for n, w in weights.items()}
+        model, returned = self.run(weights, training)
         random = torch.Generator().manual_seed(self.seed)
-        outputs = [y for y in self.outputs(leaves, training) if y.requires_grad]
+        outputs = [y for y in returned if y.requires_grad]
         functional = [torch.randn(y.shape, generator=random, dtype=y.dtype) for y in outputs]
-        tensors = list(leaves.values())
         if not outputs:
-            return {n: torch.zeros_like(w).numpy() for n, w in leaves.items()}
+            return {n: np.zeros_like(w) for n, w in weights.items()}
+        parameters = dict(model.named_parameters())
+        tensors = [parameters[self.inner[n]].requires_grad_() for n in weights]
         found = torch.autograd.grad(outputs, tensors, functional, allow_unused=True, materialize_grads=True)
-        return {n: g.numpy() for n, g in zip(leaves, found, strict=True)}
+        return {n: g.numpy() for n, g in zip(weights, found, strict=True)}
 
 
 def _double(t: Tensor) -> Tensor:
