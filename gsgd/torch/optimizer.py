@@ -343,7 +343,7 @@ class _PathOptimizer(torch.optim.Optimizer):
         for name, g in zip(engine.tensors, gradients, strict=True):
             if g is not None and g.is_sparse:
                 raise TypeError(f"gradient of {name!r}: expected a dense tensor, got a sparse one")
-        if None in gradients:
+        if any(g is None for g in gradients):
             self._warn_of_frozen(engine)
         maximize = [g["maximize"] for g in self.param_groups]
         if any(maximize):
