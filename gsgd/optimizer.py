@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from gsgd.arrays import as_array, check_gradients, check_names, check_parameters
 from gsgd.network import Network
 from gsgd.rates import Rates, adam, number, rmsprop, sgd
-from gsgd.skeleton import Backend, Rule, Skeleton, batch_norm_gradients, explain
+from gsgd.skeleton import Backend, Rule, Skeleton, batch_norm_gradients, check_rule, explain
 
 ScaleName = Literal["balanced", "initial", "ones"]
 
@@ -251,10 +251,8 @@ class _PathOptimizer:
             raise ValueError(f"state_dict: expected the skeleton of {units} units")
         if not all((np.isfinite(r) & (r != 0)).all() for r in reference) or (reference[2] < 0).any():
             raise ValueError("state_dict: the reference scale has entries that are 0 or not finite")
-        scale, max_ratio, rule = check_scale(state["scale"]), check_max_ratio(state["max_ratio"]), state["rule"]
-        stats = Stats(int(state["steps"]), int(state["clamped"]))
-        if rule not in ("modulo", "largest"):
-            raise ValueError(f"state_dict: rule {rule!r}")
+        scale, max_ratio = check_scale(state["scale"]), check_max_ratio(state["max_ratio"])
+        rule, stats = check_rule(state["rule"]), Stats(int(state["steps"]), int(state["clamped"]))
         self.skeleton.replace_edges((edges[0], edges[1]), self._arrays)
         self.skeleton.rule = rule
         self._set_reference((reference[0], reference[1], reference[2]))

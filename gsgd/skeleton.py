@@ -21,6 +21,13 @@ Backend = Literal["c", "reference"]
 Edge = tuple[str, tuple[int, ...]]
 
 
+def check_rule(rule: Rule) -> Rule:
+    """`rule`, if it is one."""
+    if rule not in ("modulo", "largest"):
+        raise ValueError(f"rule: expected 'modulo' or 'largest', got {rule!r}")
+    return rule
+
+
 def make_plan(net: Network, arrays: Arrays, backend: Backend) -> tuple[Any, list[Block]]:
     """A plan of the network's blocks, and of a plain block for every array that it does not mention."""
     blocks = [*net.blocks, *(plain_block(n, a.shape) for n, a in arrays.items() if n not in net.shapes)]
@@ -129,14 +136,13 @@ class Skeleton:
         backend: Backend = "c",
         _scaled: bool = False,
     ) -> None:
-        if rule not in ("modulo", "largest"):
-            raise ValueError(f"rule: expected 'modulo' or 'largest', got {rule!r}")
+        check_rule(rule)
         arrays = check_parameters(params, net, writable=False, others=True)
         for name, a in arrays.items():
             if not np.isfinite(a).all():
                 raise ValueError(f"parameter {name!r} has entries that are not finite")
         self.net, self.rule, self.backend = net, rule, backend
-        plan, self._blocks = make_plan(net, arrays, backend)
+        plan, _ = make_plan(net, arrays, backend)
         scale = None
         edges = plan.choose_trees(list(arrays.values()), False, None)
         if rule == "largest":
@@ -149,7 +155,7 @@ class Skeleton:
     def replace_edges(self, edges: tuple[NDArray[np.int64], NDArray[np.int64]], arrays: Arrays) -> None:
         """Use these trees, (block, entry) per unit; ValueError when they are none."""
         plan, blocks = make_plan(self.net, arrays, self.backend)
-        self.in_is_free = plan.set_trees(*edges)
+        plan.set_trees(*edges)
         self.plan = plan
         self.edge_arrays = edges
         self.in_edges, self.out_edges = (

@@ -232,7 +232,6 @@ class _PathOptimizer(torch.optim.Optimizer):
                 raise ValueError(f"parameter {name!r}: the network expects shape {expected}, got {got}")
         fixed = [n for n in network.shapes if n not in tensors or not tensors[n].requires_grad]
         self.network = network.without(fixed, "meets a parameter that is not trained") if fixed else network
-        tensors = self._tensors()
         if not self.network.num_units:
             warnings.warn("no unit was found that can be rescaled: every step is a plain one", stacklevel=3)
         self._scale, self._rule = scale, rule
@@ -240,7 +239,6 @@ class _PathOptimizer(torch.optim.Optimizer):
         skeleton.warn_of_pinned()
         self._current_engine()  # refuses what no step can be taken on
         if scale == "ones":
-            tensors = self._tensors()
             with torch.no_grad():
                 for edge in {*skeleton.in_edges, *skeleton.out_edges} - {None}:
                     name, index = edge  # type: ignore[misc]
@@ -350,7 +348,8 @@ class _PathOptimizer(torch.optim.Optimizer):
             pairs = zip(gradients, self._group_of, strict=True)
             gradients = [-g if g is not None and maximize[i] else g for g, i in pairs]
         rates, which = self._rates(engine, gradients)
-        moments = [self._moments(p, rates[i]) for p, i in zip(engine.tensors.values(), which, strict=True)]
+        has = [(r.has_m, r.has_v) for r in rates]
+        moments = [self._moments(p, *has[i]) for p, i in zip(engine.tensors.values(), which, strict=True)]
         threads = usable_threads(self._threads or torch.get_num_threads())
         engine.step(gradients, moments, rates, which, self._max_ratio, threads, self._stats)
         self._seen = None
@@ -373,17 +372,17 @@ class _PathOptimizer(torch.optim.Optimizer):
         """Hyperparameters, and which of them are those of each parameter."""
         return [self.rates(g, 1) for g in self.param_groups], self._group_of
 
-    def _moments(self, p: Tensor, rates: Rates) -> tuple[Tensor | None, Tensor | None]:
+    def _moments(self, p: Tensor, has_m: bool, has_v: bool) -> tuple[Tensor | None, Tensor | None]:
         """First and second moment of a parameter, zero where they are new; None where there is none."""
-        if not (rates.has_m or rates.has_v):
-            return None, None
+        first, second = self.moments
+        return self._moment(p, first) if has_m else None, self._moment(p, second) if has_v else None
+
+    def _moment(self, p: Tensor, name: str) -> Tensor:
         state = self.state[p]
-        found = []
-        for name, has in zip(self.moments, (rates.has_m, rates.has_v), strict=True):
-            if has and state.get(name) is None:
-                state[name] = torch.zeros_like(p)
-            found.append(state[name] if has else None)
-        return found[0], found[1]
+        if state.get(name) is None:
+            state[name] = torch.zeros_like(p)
+        moment: Tensor = state[name]
+        return moment
 
     # state
 

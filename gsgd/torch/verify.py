@@ -90,7 +90,7 @@ class _Copy:
         if not outputs:
             return {n: np.zeros_like(w) for n, w in weights.items()}
         parameters = dict(model.named_parameters())
-        tensors = [parameters[self.inner[n]].requires_grad_() for n in weights]
+        tensors = [parameters[self.inner[n]] for n in weights]
         found = torch.autograd.grad(outputs, tensors, functional, allow_unused=True, materialize_grads=True)
         return {n: g.numpy() for n, g in zip(weights, found, strict=True)}
 
