@@ -4,10 +4,7 @@
 
 #include "gsgd.h"
 
-enum {
-    PANEL = 4096, /* columns of one accumulator */
-    ONES = 1024,  /* factors of a block whose sources are all pinned, taken so many at a time */
-};
+enum { PANEL = 4096 }; /* columns of one accumulator */
 
 /* A buffer through the eyes of a block. */
 typedef struct {
@@ -22,10 +19,10 @@ typedef struct {
     ptrdiff_t array, start;
     ptrdiff_t groups, rows, cols, taps; /* taps: of all three tap dimensions */
     int gathers;                        /* some source is a unit */
-    int64_t *row_unit, *col_unit;
+    int64_t *row_unit, *col_unit, *col_root;
     double *column_sum;      /* (groups, cols, taps): sums over rows of w g */
     void *row_b, *row_inv_b; /* (groups, rows), of the block's type */
-    /* (groups, cols * taps) of the block's type; ONES ones for all when the block does not gather */
+    /* (groups, cols * taps) of the block's type; not read where the block does not gather */
     void *line_a, *line_inv_a, *line_inv_rho, *line;
     view w, g, s, m, v;         /* of the call at work: weights, gradients, those that are summed, moments */
     view seen[5];               /* of the call before */
@@ -54,14 +51,15 @@ struct gsgd_plan {
     uint8_t *active;     /* has edges */
     uint8_t *in_is_free; /* the in-edge is the source's out-edge */
     ptrdiff_t num_active;
-    int64_t *in_order, *out_order;             /* active units: sources first, destinations first */
-    double *in0, *out0, *c, *inv_c;            /* the reference scale */
-    double *a, *b, *inv_a, *inv_b, *inv_rho;   /* A, B, their inverses and 1 / rho of method section 4 */
-    double *sum;                               /* S, by chain root */
-    double *ratio;                             /* R */
-    double *new_in, *new_m, *new_v, *kept_out; /* tree weights and their moments after the step */
-    double *memory;                            /* all of the above lies in here */
-    void *ones[2];                             /* ONES ones of each type */
+    int64_t *in_order, *out_order; /* active units: sources first, destinations first */
+    double *in0, *out0, *c;        /* the reference scale */
+    double *in_w, *out_w;          /* weights of the tree edges; after solve, those to come */
+    double *to_a, *to_b;           /* chain products relative to in0 and out0 */
+    double *a, *b, *inv_a, *inv_b; /* A and B of method section 4, and their inverses */
+    double *x, *inv_x;             /* A B and its inverse */
+    double *sum, *ratio, *inv_rho; /* S and R by chain root, and 1 / rho */
+    double *new_m, *new_v;         /* moments of in-edges after the step */
+    double *memory;                /* all of the above lies in here */
 };
 
 /* Where an entry lies in a view. */

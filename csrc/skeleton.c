@@ -45,13 +45,14 @@ static gsgd_status take_block(block *to, const gsgd_block *from, ptrdiff_t units
         to->gathers |= from->col_unit[j] != GSGD_PINNED;
     ptrdiff_t line = to->gathers ? num_cols * to->taps : 0;
     ptrdiff_t places = to->gathers && to->taps > 1 ? to->cols * to->taps : 0;
-    to->row_unit = malloc((size_t)(num_rows + num_cols + 1) * sizeof(int64_t));
+    to->row_unit = malloc((size_t)(num_rows + 2 * num_cols + 1) * sizeof(int64_t));
     to->column_sum = malloc((size_t)(4 * line + 2 * num_rows + 1) * sizeof(double));
     to->place = calloc((size_t)(2 * places + 1), sizeof(ptrdiff_t));
     if (to->row_unit == NULL || to->column_sum == NULL || to->place == NULL)
         return GSGD_NO_MEMORY;
     to->unplace = to->place + places;
     to->col_unit = to->row_unit + num_rows;
+    to->col_root = to->col_unit + num_cols;
     to->line = to->column_sum + line;
     to->row_b = to->column_sum + 4 * line;
     to->row_inv_b = to->column_sum + 4 * line + num_rows;
@@ -64,6 +65,8 @@ static gsgd_status take_block(block *to, const gsgd_block *from, ptrdiff_t units
             return GSGD_BAD_BLOCK;
     return GSGD_OK;
 }
+
+enum { UNIT_ARRAYS = 18 }; /* of double */
 
 gsgd_status gsgd_create(gsgd_plan **out, ptrdiff_t units, ptrdiff_t arrays, const gsgd_type *types,
                         ptrdiff_t blocks, const gsgd_block *source) {
@@ -79,7 +82,7 @@ gsgd_status gsgd_create(gsgd_plan **out, ptrdiff_t units, ptrdiff_t arrays, cons
     plan->in = calloc(2 * n, sizeof *plan->in);
     plan->in_unit = calloc(5 * n, sizeof *plan->in_unit);
     plan->active = calloc(2 * n, 1);
-    plan->memory = calloc(15 * n + 2 * ONES, sizeof *plan->memory);
+    plan->memory = calloc(UNIT_ARRAYS * n, sizeof *plan->memory);
     if (!plan->block || !plan->order || !plan->in || !plan->in_unit || !plan->active || !plan->memory) {
         gsgd_destroy(plan);
         return GSGD_NO_MEMORY;
@@ -90,17 +93,13 @@ gsgd_status gsgd_create(gsgd_plan **out, ptrdiff_t units, ptrdiff_t arrays, cons
     plan->in_order = plan->in_unit + 3 * n;
     plan->out_order = plan->in_unit + 4 * n;
     plan->in_is_free = plan->active + n;
-    double **array[] = {&plan->in0,   &plan->out0,   &plan->c,     &plan->inv_c,   &plan->a,
-                        &plan->b,     &plan->inv_a,  &plan->inv_b, &plan->inv_rho, &plan->sum,
-                        &plan->ratio, &plan->new_in, &plan->new_m, &plan->new_v,   &plan->kept_out};
-    for (size_t i = 0; i < sizeof array / sizeof *array; ++i)
+    double **array[] = {&plan->in0,   &plan->out0, &plan->c,     &plan->in_w,    &plan->out_w, &plan->to_a,
+                        &plan->to_b,  &plan->a,    &plan->b,     &plan->inv_a,   &plan->inv_b, &plan->x,
+                        &plan->inv_x, &plan->sum,  &plan->ratio, &plan->inv_rho, &plan->new_m, &plan->new_v};
+    for (size_t i = 0; i < UNIT_ARRAYS; ++i)
         *array[i] = plan->memory + i * n + 1;
-    plan->a[-1] = plan->b[-1] = plan->c[-1] = plan->inv_c[-1] = plan->inv_a[-1] = plan->inv_b[-1] =
+    plan->to_a[-1] = plan->to_b[-1] = plan->a[-1] = plan->b[-1] = plan->inv_a[-1] = plan->inv_b[-1] =
         plan->inv_rho[-1] = 1;
-    float *ones_f32 = plan->ones[GSGD_FLOAT32] = plan->memory + 15 * n;
-    double *ones_f64 = plan->ones[GSGD_FLOAT64] = plan->memory + 15 * n + ONES;
-    for (int i = 0; i < ONES; ++i)
-        ones_f32[i] = 1, ones_f64[i] = 1;
 
     for (ptrdiff_t k = 0; k < blocks; ++k) {
         gsgd_status status = take_block(&plan->block[k], &source[k], units, arrays, types);
@@ -324,9 +323,9 @@ gsgd_status gsgd_set_trees(gsgd_plan *plan, const gsgd_edge *in, const gsgd_edge
         for (ptrdiff_t i = 0; i < b->groups * b->cols; ++i)
             b->gathers |= b->col_unit[i] != GSGD_PINNED;
         size_t line = (size_t)(b->groups * b->cols * b->taps);
-        b->line_a = b->gathers ? b->line : plan->ones[b->type];
-        b->line_inv_a = b->gathers ? (double *)b->line + line : plan->ones[b->type];
-        b->line_inv_rho = b->gathers ? (double *)b->line + 2 * line : plan->ones[b->type];
+        b->line_a = b->line;
+        b->line_inv_a = (double *)b->line + line;
+        b->line_inv_rho = (double *)b->line + 2 * line;
         b->seen[0].data = NULL;
     }
     ptrdiff_t placed = 0;
@@ -350,6 +349,11 @@ gsgd_status gsgd_set_trees(gsgd_plan *plan, const gsgd_edge *in, const gsgd_edge
         plan->in_is_free[v] = u != GSGD_PINNED && out[u].block == in[v].block && out[u].entry == in[v].entry;
         plan->root[v] = plan->in_is_free[v] ? plan->root[u] : v;
     }
+    for (ptrdiff_t k = 0; k < plan->blocks; ++k) {
+        block *b = &plan->block[k];
+        for (ptrdiff_t j = 0; j < b->groups * b->cols; ++j)
+            b->col_root[j] = b->col_unit[j] == GSGD_PINNED ? GSGD_PINNED : plan->root[b->col_unit[j]];
+    }
     memcpy(free_in, plan->in_is_free, (size_t)plan->units);
     return GSGD_OK;
 }
@@ -362,5 +366,6 @@ void gsgd_set_reference(gsgd_plan *plan, const double *in, const double *out, co
     memcpy(plan->out0, out, size);
     memcpy(plan->c, c, size);
     for (ptrdiff_t u = 0; u < plan->units; ++u)
-        plan->inv_c[u] = 1 / c[u];
+        if (!plan->active[u])
+            plan->in0[u] = plan->out0[u] = plan->c[u] = plan->in_w[u] = plan->out_w[u] = 1;
 }

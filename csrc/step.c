@@ -39,6 +39,17 @@ static void column_index(const block *b, ptrdiff_t i, ptrdiff_t index[GSGD_NDIM]
     index[GSGD_GROUP] = i;
 }
 
+/* Piece i of a block, as an index: by rows a row, else a column. */
+static void piece_index(const block *b, ptrdiff_t i, ptrdiff_t index[GSGD_NDIM]) {
+    if (!b->by_rows) {
+        column_index(b, i, index);
+        return;
+    }
+    memset(index, 0, GSGD_NDIM * sizeof *index);
+    index[GSGD_GROUP] = i / b->rows;
+    index[GSGD_ROW] = i % b->rows;
+}
+
 static inline float root_f32(float x) { return sqrtf(x); }
 static inline double root_f64(double x) { return sqrt(x); }
 
@@ -187,68 +198,90 @@ static void apply(job *j) {
     }
 }
 
-/* w g of a tree edge, rounded as the kernels round it. */
-static double product(const gsgd_plan *plan, const tree_edge *e, const view *g, ptrdiff_t at) {
-    const block *b = &plan->block[e->block];
-    if (g->data == NULL)
-        return 0;
-    double w = load_at(b->type, &b->w, e->w), d = load_at(b->type, g, at);
-    return b->type == GSGD_FLOAT32 ? (double)((float)w * (float)d) : w * d;
-}
-
-double gsgd_product(const gsgd_plan *plan, const tree_edge *e) {
-    return product(plan, e, &plan->block[e->block].g, e->g);
-}
-
-/* S(v) by chain root: out-edges of the units that share it, free edges left out. */
-static int sum_by_root(gsgd_plan *plan) {
-    memset(plan->sum, 0, (size_t)plan->units * sizeof *plan->sum);
-    for (ptrdiff_t k = 0; k < plan->blocks; ++k) {
-        const block *b = &plan->block[k];
-        if (!b->gathers || b->rows == 0 || b->s.data == NULL)
-            continue;
-        for (ptrdiff_t j = 0; j < b->groups * b->cols; ++j) {
-            double sum = 0;
-            for (ptrdiff_t t = 0; t < b->taps; ++t)
-                sum += b->column_sum[j * b->taps + t];
-            if (!isfinite(sum))
-                return 0;
-            if (b->col_unit[j] != GSGD_PINNED)
-                plan->sum[plan->root[b->col_unit[j]]] += sum;
-        }
-    }
-    for (ptrdiff_t n = 0; n < plan->num_active; ++n) {
-        int64_t u = plan->in_order[n];
-        const tree_edge *e = &plan->out[u];
-        plan->sum[plan->root[u]] -= product(plan, e, &plan->block[e->block].s, e->s);
-    }
-    return 1;
-}
-
 static double tree_weight(const gsgd_plan *plan, const tree_edge *e) {
     const block *b = &plan->block[e->block];
     return load_at(b->type, &b->w, e->w);
 }
 
-/* A and B of every unit: chain products relative to the reference scale. A unit where one is 0 or not finite,
- * or -1. */
-static int64_t chain_products(gsgd_plan *plan) {
-    double *a = plan->a, *b = plan->b, *c = plan->c, *inv_c = plan->inv_c;
-    for (ptrdiff_t n = 0; n < plan->num_active; ++n) {
-        int64_t v = plan->in_order[n], u = plan->in_unit[v];
-        a[v] = a[u] * c[u] * (tree_weight(plan, &plan->in[v]) / plan->in0[v]) * inv_c[v];
-        v = plan->out_order[n];
-        u = plan->out_unit[v];
-        b[v] = b[u] * inv_c[u] * (tree_weight(plan, &plan->out[v]) / plan->out0[v]) * c[v];
+/* w g of a tree edge of weight w, rounded as the kernels round it. */
+static double product(const gsgd_plan *plan, const tree_edge *e, double w, const view *g, ptrdiff_t at) {
+    if (g->data == NULL)
+        return 0;
+    gsgd_type type = plan->block[e->block].type;
+    double d = load_at(type, g, at);
+    return type == GSGD_FLOAT32 ? (double)((float)w * (float)d) : w * d;
+}
+
+double gsgd_product(const gsgd_plan *plan, const tree_edge *e) {
+    return product(plan, e, tree_weight(plan, e), &plan->block[e->block].g, e->g);
+}
+
+/* S(v) by chain root: out-edges of the units that share it, free edges left out. */
+static int sum_by_root(gsgd_plan *plan) {
+    double *sum = plan->sum;
+    memset(sum - 1, 0, (size_t)(plan->units + 1) * sizeof *sum);
+    for (ptrdiff_t k = 0; k < plan->blocks; ++k) {
+        const block *b = &plan->block[k];
+        if (!b->gathers || b->rows == 0 || b->s.data == NULL)
+            continue;
+        for (ptrdiff_t j = 0, i = 0; j < b->groups * b->cols; ++j) {
+            double column = 0;
+            for (ptrdiff_t t = 0; t < b->taps; ++t, ++i)
+                column += b->column_sum[i];
+            sum[b->col_root[j]] += column;
+        }
     }
+    for (ptrdiff_t n = 0; n < plan->num_active; ++n) {
+        int64_t u = plan->in_order[n];
+        const tree_edge *e = &plan->out[u];
+        plan->out_w[u] = tree_weight(plan, e);
+        sum[plan->root[u]] -= product(plan, e, plan->out_w[u], &plan->block[e->block].s, e->s);
+    }
+    return all_finite_f64(plan->units + 1, sum - 1, 1);
+}
+
+KERNEL static void divide(ptrdiff_t n, const double *restrict x, const double *restrict by,
+                          double *restrict to) {
+    for (ptrdiff_t i = 0; i < n; ++i)
+        to[i] = x[i] / by[i];
+}
+
+/* From the trees' products relative to the start to A = to_a / c and B = to_b c, and their inverses. */
+KERNEL static void scale_products(ptrdiff_t n, const double *restrict to_a, const double *restrict to_b,
+                                  const double *restrict c, double *restrict a, double *restrict b,
+                                  double *restrict inv_a, double *restrict inv_b, double *restrict x,
+                                  double *restrict inv_x) {
+    for (ptrdiff_t i = 0; i < n; ++i) {
+        a[i] = to_a[i] / c[i];
+        b[i] = to_b[i] * c[i];
+        inv_a[i] = 1 / a[i];
+        inv_b[i] = 1 / b[i];
+        x[i] = a[i] * b[i];
+        inv_x[i] = inv_a[i] * inv_b[i];
+    }
+}
+
+/* A and B of every unit, relative to the reference scale. A unit where one is 0 or not finite, or -1. */
+static int64_t chain_products(gsgd_plan *plan) {
+    double *to_a = plan->to_a, *to_b = plan->to_b;
     for (ptrdiff_t n = 0; n < plan->num_active; ++n) {
         int64_t v = plan->in_order[n];
-        plan->inv_a[v] = 1 / a[v];
-        plan->inv_b[v] = 1 / b[v];
-        if (!isfinite(a[v] * b[v]) || !isfinite(plan->inv_a[v] * plan->inv_b[v]))
-            return v;
+        plan->in_w[v] = tree_weight(plan, &plan->in[v]);
     }
-    return -1;
+    divide(plan->units, plan->in_w, plan->in0, to_a);
+    divide(plan->units, plan->out_w, plan->out0, to_b);
+    for (ptrdiff_t n = 0; n < plan->num_active; ++n) {
+        int64_t v = plan->in_order[n], u = plan->out_order[n];
+        to_a[v] *= to_a[plan->in_unit[v]];
+        to_b[u] *= to_b[plan->out_unit[u]];
+    }
+    scale_products(plan->units, to_a, to_b, plan->c, plan->a, plan->b, plan->inv_a, plan->inv_b, plan->x,
+                   plan->inv_x);
+    if (all_finite_f64(plan->units, plan->x, 1) && all_finite_f64(plan->units, plan->inv_x, 1))
+        return -1;
+    for (int64_t v = 0;; ++v)
+        if (!isfinite(plan->x[v]) || !isfinite(plan->inv_x[v]))
+            return v;
 }
 
 /* The inverse chain rule for the chain that begins with v's in-edge, and its path ratio. 0: not finite. */
@@ -258,11 +291,11 @@ static int solve_chain(job *j, int64_t v) {
     const block *b = &plan->block[in->block];
     const gsgd_rates *o = &j->options->rates[b->array];
     const rates_f64 rates = rates_of_f64(o, b->m.data != NULL);
-    double inv_x = plan->inv_a[v] * plan->inv_b[v], r = 1;
+    double inv_x = plan->inv_x[v], r = 1;
     double m1 = b->m.data == NULL ? 0 : load_at(b->type, &b->m, in->m);
     double m2 = b->v.data == NULL ? 0 : load_at(b->type, &b->v, in->v);
     if (b->g.data != NULL) {
-        double d = (gsgd_product(plan, in) - plan->sum[v]) * inv_x;
+        double d = (product(plan, in, plan->in_w[v], &b->g, in->g) - plan->sum[v]) * inv_x;
         r = 1 - o->lr * direction_f64(d, &m1, &m2, &rates, o->method, rates.moves) * inv_x;
     }
     if (!isfinite(r))
@@ -271,7 +304,7 @@ static int solve_chain(job *j, int64_t v) {
     j->clamped += r < low || r > high;
     plan->ratio[v] = r < low ? low : r > high ? high : r;
     plan->inv_rho[v] = 1 / plan->ratio[v];
-    plan->new_in[v] = tree_weight(plan, in) * plan->ratio[v] * plan->inv_rho[plan->in_unit[v]];
+    plan->in_w[v] *= plan->ratio[v] * plan->inv_rho[plan->in_unit[v]];
     plan->new_m[v] = m1;
     plan->new_v[v] = m2;
     return 1;
@@ -279,7 +312,6 @@ static int solve_chain(job *j, int64_t v) {
 
 static gsgd_status solve(job *j) {
     gsgd_plan *plan = j->plan;
-    const gsgd_options *o = j->options;
     j->unit = -1;
     if (atomic_load(&j->not_finite) || !sum_by_root(plan))
         return GSGD_NOT_FINITE;
@@ -293,13 +325,15 @@ static gsgd_status solve(job *j) {
             j->unit = v;
             return GSGD_NOT_FINITE;
         }
-        plan->kept_out[v] = tree_weight(plan, &plan->out[v]);
     }
-    for (ptrdiff_t k = 0; k < plan->blocks; ++k)
-        if (plan->block[k].type == GSGD_FLOAT32)
-            spread_f32(plan, &plan->block[k], o->rates[plan->block[k].array].weight_decay != 0);
+    for (ptrdiff_t k = 0; k < plan->blocks; ++k) {
+        block *b = &plan->block[k];
+        int decays = j->options->rates[b->array].weight_decay != 0;
+        if (b->type == GSGD_FLOAT32)
+            spread_f32(plan, b, decays);
         else
-            spread_f64(plan, &plan->block[k], o->rates[plan->block[k].array].weight_decay != 0);
+            spread_f64(plan, b, decays);
+    }
     return GSGD_OK;
 }
 
@@ -317,8 +351,8 @@ static void store_trees(const gsgd_plan *plan) {
     for (ptrdiff_t n = 0; n < plan->num_active; ++n) {
         int64_t v = plan->in_order[n];
         if (!plan->in_is_free[v])
-            store_edge(plan, &plan->in[v], plan->new_in[v], plan->new_m[v], plan->new_v[v]);
-        store_edge(plan, &plan->out[v], plan->kept_out[v], 0, 0);
+            store_edge(plan, &plan->in[v], plan->in_w[v], plan->new_m[v], plan->new_v[v]);
+        store_edge(plan, &plan->out[v], plan->out_w[v], 0, 0);
     }
 }
 

@@ -95,11 +95,15 @@ class Block:
 
     def index(self, flat: int) -> tuple[int, ...]:
         """The parameter's index of the block's `flat`-th entry (C order over `extents`)."""
-        at = [0] * (1 + max(self.start[0], *(d.axis for d in self.dims)))
-        at[self.start[0]] = self.start[1]
+        return self.indices(np.array([flat]))[0]
+
+    def indices(self, flat: Ids) -> list[tuple[int, ...]]:
+        """The same of several entries."""
+        at = [np.zeros_like(flat) for _ in range(1 + max(self.start[0], *(d.axis for d in self.dims)))]
+        at[self.start[0]] += self.start[1]
         for d, i in zip(self.dims, np.unravel_index(flat, self.extents), strict=True):
-            at[d.axis] += d.step * int(i)
-        return tuple(at)
+            at[d.axis] += d.step * i
+        return list(zip(*(axis.tolist() for axis in at), strict=True))
 
 
 def plain_block(name: str, shape: tuple[int, ...]) -> Block:

@@ -178,15 +178,13 @@ class _PathOptimizer:
             A gradient or a path ratio is not finite. The weights stay as they were. (A learning rate so large that
             ordinary weights overflow is noticed at the step after.)
         """
-        if not isinstance(grads, dict) or len(grads) != len(self._arrays) or any(n not in grads for n in self._arrays):
+        if not isinstance(grads, dict) or grads.keys() != self._arrays.keys():
             check_names(grads, self._arrays)
-        if self._core_checks:  # the C core checks shapes and dtypes itself
-            gradients: list[NDArray[Any] | None] = [
-                g if type(g) is np.ndarray else as_array(f"gradient of {name!r}", g)
-                for name, g in ((name, grads[name]) for name in self._arrays)
-            ]
-        else:
+        gradients: list[NDArray[Any] | None] = [grads[name] for name in self._arrays]
+        if not self._core_checks:
             gradients = list(check_gradients(grads, self._arrays).values())
+        elif set(map(type, gradients)) != {np.ndarray}:  # the C core checks shapes and dtypes itself
+            gradients = [as_array(f"gradient of {name!r}", grads[name]) for name in self._arrays]
         sums: list[NDArray[Any] | None] | None = None
         if self._approximates:
             gradients, sums = batch_norm_gradients(self._net, self._arrays, gradients)

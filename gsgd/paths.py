@@ -64,6 +64,12 @@ def rescale(params: Mapping[str, Any], net: Network, scales: Any) -> None:
         block.view(arrays[block.name])[...] = new
 
 
+def _over_taps(entries: Floats) -> Floats:
+    """Sums over taps, (groups, rows, cols), of entries in C order."""
+    taps = entries.reshape(*entries.shape[:3], -1)
+    return taps[..., 0] if taps.shape[-1] == 1 else taps.sum(axis=-1)
+
+
 def balanced_scale(blocks: Sequence[Block], arrays: Mapping[str, NDArray[Any]], units: int) -> Floats:
     """The c per unit that carries weights to the representative of least sum of squares among their rescalings.
 
@@ -74,36 +80,39 @@ def balanced_scale(blocks: Sequence[Block], arrays: Mapping[str, NDArray[Any]], 
     Units that some path of non-zero weights passes have a unique solution; all others must be pinned.
     """
     # in C order, so that the sums do not depend on strides
-    squares = [np.square(b.view(arrays[b.name]), dtype=np.float64, order="C").sum(axis=(3, 4, 5)) for b in blocks]
+    squares = [_over_taps(np.square(b.view(arrays[b.name]), dtype=np.float64, order="C")) for b in blocks]
     first = np.full(units + 1, len(blocks))  # the block that writes a unit first; the last entry is for pinned ends
     for k in reversed(range(len(blocks))):
         first[blocks[k].rows[blocks[k].rows >= 0]] = k
     layers, layer = np.unique(first, return_inverse=True)
     layer = np.where(first == len(blocks), len(layers) - 1, layer)
     members = [np.flatnonzero(layer[:-1] == i) for i in range(len(layers) - 1)]
-    writers = [[k for k, b in enumerate(blocks) if (layer[b.rows] == i).any()] for i in range(len(members))]
-    readers = [[k for k, b in enumerate(blocks) if (layer[b.cols] == i).any()] for i in range(len(members))]
+    writers: list[list[int]] = [[] for _ in layers]
+    readers: list[list[int]] = [[] for _ in layers]
+    for k, b in enumerate(blocks):
+        for those, ends in ((writers, b.rows), (readers, b.cols)):
+            for i in np.unique(layer[ends]):
+                those[i].append(k)
 
     def sums_in(k: int, of_source: Floats) -> Floats:
-        b = blocks[k]
-        found: Floats = np.matmul(squares[k], of_source[b.cols].reshape(b.extents[0], -1, 1))
+        found: Floats = np.matmul(squares[k], of_source.reshape(blocks[k].extents[0], -1, 1))
         return found.reshape(-1)
 
     def sums_out(k: int, of_destination: Floats) -> Floats:
-        b = blocks[k]
-        found: Floats = np.matmul(of_destination[b.rows].reshape(b.extents[0], 1, -1), squares[k])
+        found: Floats = np.matmul(of_destination.reshape(blocks[k].extents[0], 1, -1), squares[k])
         return found.reshape(-1)
 
-    t, largest = np.zeros(units + 1), 0.0
+    t, total_in, total_out = np.zeros((3, units + 1))
+    largest = 0.0
     for _ in range(200):
         largest = 0.0
-        for i, here in enumerate(members):
-            c2, total_in, total_out = np.exp(2 * t), np.zeros(units + 1), np.zeros(units + 1)
+        for i, here in enumerate(members):  # the work of a layer is of its own size, or depth would count twice
+            total_in[here] = total_out[here] = 0
             for k in writers[i]:
-                np.add.at(total_in, blocks[k].rows, sums_in(k, 1 / c2))
+                np.add.at(total_in, blocks[k].rows, sums_in(k, np.exp(-2 * t[blocks[k].cols])))
             for k in readers[i]:
-                np.add.at(total_out, blocks[k].cols, sums_out(k, c2))
-            move = np.log(total_out[here] / (total_in[here] * c2[here] ** 2)) / 4
+                np.add.at(total_out, blocks[k].cols, sums_out(k, np.exp(2 * t[blocks[k].rows])))
+            move = np.log(total_out[here] / total_in[here]) / 4 - t[here]
             # units of a layer that feed each other move together: half a step is safe, more is not
             t[here] += move / 2 if set(writers[i]) & set(readers[i]) else move
             largest = max(largest, float(np.abs(move).max()))
@@ -112,8 +121,9 @@ def balanced_scale(blocks: Sequence[Block], arrays: Mapping[str, NDArray[Any]], 
         energy = np.zeros((len(layers), len(layers)))  # between layers, destinations first
         for k, b in enumerate(blocks):
             for source in np.unique(layer[b.cols]):
-                from_there = sums_in(k, np.where(layer == source, np.exp(-2 * t), 0.0)) * np.exp(2 * t[b.rows])
-                energy[:, source] += np.bincount(layer[b.rows], from_there, len(layers))
+                from_there = np.where(layer[b.cols] == source, np.exp(-2 * t[b.cols]), 0.0)
+                into = sums_in(k, from_there) * np.exp(2 * t[b.rows])
+                energy[:, source] += np.bincount(layer[b.rows], into, len(layers))
         t += _best_shifts(energy)[layer]
     else:
         warnings.warn(f"the balanced scale did not converge: {largest:.1e} is left", RuntimeWarning, stacklevel=2)
@@ -159,7 +169,8 @@ def _path_sums(net: Network, powers: Mapping[str, Floats]) -> tuple[dict[int, tu
     """
     unit = net.unit_of_node
     operations = net.operations
-    views = {id(op): op.view(powers[op.name]).sum(axis=(3, 4, 5)) for op in operations if isinstance(op, Block)}
+    blocks = [op for op in operations if isinstance(op, Block)]
+    views = {id(b): _over_taps(np.ascontiguousarray(b.view(powers[b.name]))) for b in blocks}
     p_in = np.where(unit < 0, 1.0, 0.0)
     sources: dict[int, Floats] = {}
     for op in operations:
@@ -208,10 +219,12 @@ def symmetry_residual(params: Mapping[str, Any], grads: Mapping[str, Any], net: 
     gradients = check_gradients(grads, arrays)
     difference, squares = np.zeros(net.num_units + 1), np.zeros(net.num_units + 1)
     for block in net.blocks:
-        products = block.view(arrays[block.name]).astype(np.float64) * block.view(gradients[block.name])
-        for ids, axes, sign in ((block.rows, (2, 3, 4, 5), 1.0), (block.cols, (1, 3, 4, 5), -1.0)):
-            np.add.at(difference, ids, sign * products.sum(axis=axes).reshape(-1))
-            np.add.at(squares, ids, np.square(products).sum(axis=axes).reshape(-1))
+        w, g = block.view(arrays[block.name]), block.view(gradients[block.name])
+        products = np.multiply(w, g, dtype=np.float64, order="C")
+        sums, sizes = _over_taps(products), _over_taps(np.square(products))
+        for ids, axis, sign in ((block.rows, 2, 1.0), (block.cols, 1, -1.0)):
+            np.add.at(difference, ids, sign * sums.sum(axis=axis).reshape(-1))
+            np.add.at(squares, ids, sizes.sum(axis=axis).reshape(-1))
     size = np.sqrt(squares[:-1])
     return np.abs(difference[:-1]) / np.where(size > 0, size, 1.0)
 

@@ -6,6 +6,7 @@ import dataclasses
 import math
 import warnings
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any, Literal
 
 import numpy as np
@@ -105,6 +106,18 @@ def explain(
     return f"the path through unit {net.units[unit]} has no finite ratio"
 
 
+def _named(edges: NDArray[np.int64], blocks: Sequence[Block]) -> tuple[Edge | None, ...]:
+    """(name, index) of edges that are given as (block, entry), block < 0: none."""
+    named: list[Edge | None] = [None] * len(edges)
+    by_block = np.argsort(edges[:, 0], kind="stable")
+    ends = np.searchsorted(edges[by_block, 0], np.arange(len(blocks) + 1))
+    for block, (first, last) in zip(blocks, pairwise(ends), strict=True):
+        here = by_block[first:last]
+        for unit, index in zip(here.tolist(), block.indices(edges[here, 1]), strict=True):
+            named[unit] = (block.name, index)
+    return tuple(named)
+
+
 class Skeleton:
     """Skeleton weights of a network: an in-edge and an out-edge for every unit (the paper's section 4.1).
 
@@ -158,10 +171,7 @@ class Skeleton:
         plan.set_trees(*edges)
         self.plan = plan
         self.edge_arrays = edges
-        self.in_edges, self.out_edges = (
-            tuple((blocks[k].name, blocks[k].index(e)) if k >= 0 else None for k, e in found.tolist())
-            for found in edges
-        )
+        self.in_edges, self.out_edges = (_named(found, blocks) for found in edges)
         self._shapes = {name: a.shape for name, a in arrays.items()}
 
     @property
