@@ -2,7 +2,8 @@
 # make test     the C core under sanitizers (the same bits with and without OpenMP), then the Python suite and the
 #               notebooks on the installed package
 # make lint     ruff, mypy, clang-format, and the compiler with warnings as errors
-# make bench    the step against PyTorch's optimizers; make bench-training: whole training steps
+# make bench    the step against PyTorch's optimizers; make bench-training: whole training steps;
+#               make bench-scaling: construction and step against the number of weights
 # make valgrind, make sanitize    the C core under valgrind; the Python suite with a sanitized extension
 #
 # Everything is installed in .venv, made with $(PYTHON).
@@ -18,7 +19,7 @@ CORE_FLAGS := -std=c11 -g -O1 -ffp-contract=off -fno-math-errno -Wall -Wextra -W
 SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=all
 OPENMP := $(shell echo 'int main(void) { return 0; }' | $(CC) -fopenmp -x c -o /dev/null - 2>/dev/null && echo -fopenmp)
 
-.PHONY: demo test lint bench bench-training valgrind sanitize clean
+.PHONY: demo test lint bench bench-training bench-scaling valgrind sanitize clean
 
 demo: .venv/demo
 	$(BIN)/python -P -m gsgd.demo
@@ -38,10 +39,13 @@ lint: .venv/dev
 	GSGD_WERROR=1 $(BIN)/python setup.py -q build_ext --force --build-lib build/lint --build-temp build/lint
 
 bench: .venv/dev
-	$(BIN)/python -P benchmarks/step.py
+	$(BIN)/python benchmarks/step.py
 
 bench-training: .venv/dev
-	$(BIN)/python -P benchmarks/training.py
+	$(BIN)/python benchmarks/training.py
+
+bench-scaling: .venv/dev
+	$(BIN)/python benchmarks/scaling.py
 
 valgrind: build/core
 	@command -v valgrind >/dev/null || { echo "valgrind is missing: apt install valgrind" >&2; exit 1; }

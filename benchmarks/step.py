@@ -28,12 +28,11 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from report import markdown, write_section
 from tqdm import tqdm
 
 import gsgd
 
-README = Path(__file__).with_name("README.md")
-MARKS = ("<!-- results: begin -->", "<!-- results: end -->")
 TURN = 0.01  # seconds that a contender is called for, when its turn comes
 MIN_ROUNDS = 5
 LR = 1e-12  # the arithmetic of any other, but no weight drifts away however many steps are taken
@@ -94,11 +93,11 @@ NETWORKS: dict[str, Callable[[], gsgd.Network]] = {
 
 
 def normal(net: gsgd.Network, dtype: str, seed: int) -> dict[str, NDArray[Any]]:
-    """An array of normal deviates for every parameter, of variance 2 / fan-in."""
+    """An array of normal deviates for every parameter, of variance 2 / fan-in, aligned as torch aligns tensors."""
     rng = np.random.default_rng(seed)
-    kind = np.float32 if dtype == "float32" else np.float64
-    arrays = {name: rng.standard_normal(shape, dtype=kind) for name, shape in net.shapes.items()}
+    arrays = {name: torch.empty(shape, dtype=getattr(torch, dtype)).numpy() for name, shape in net.shapes.items()}
     for a in arrays.values():
+        rng.standard_normal(dtype=a.dtype, out=a)
         a *= math.sqrt(2 / math.prod(a.shape[1:]))
     return arrays
 
@@ -281,18 +280,6 @@ def memory(network: str) -> tuple[int, int]:
 # report
 
 
-def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table with its first column to the left, the others to the right."""
-    widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
-
-    def line(cells: Sequence[str]) -> str:
-        aligned = [cells[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(cells[1:], widths[1:], strict=True))]
-        return f"| {' | '.join(aligned)} |"
-
-    rule = [widths[0] * "-", *((w - 1) * "-" + ":" for w in widths[1:])]
-    return "\n".join([line(head), line(rule), *map(line, rows)])
-
-
 def time_table(timings: Sequence[Timing], threads: Sequence[int]) -> str:
     """The median microseconds of torch's plain SGD, and all others' time relative to it."""
     columns = [name for name in COLUMNS if any((n, name) in t.seconds for t in timings for n in threads)]
@@ -357,13 +344,6 @@ def report(timings: Sequence[Timing], threads: Sequence[int], load: float) -> st
     return "\n\n".join(sections)
 
 
-def write(text: str) -> None:
-    """Put the report between the marks in README.md."""
-    before, rest = README.read_text(encoding="utf-8").split(MARKS[0])
-    after = rest.split(MARKS[1])[1]
-    README.write_text(f"{before}{MARKS[0]}\n\n{text}\n\n{MARKS[1]}{after}", encoding="utf-8")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description="Time a step of G-SGD and of other optimizers, interleaved.")
     parser.add_argument(
@@ -388,7 +368,7 @@ def main() -> None:
     text = report(timings, args.threads, load)
     print(text)
     if args.write:
-        write(text)
+        write_section("results", text)
 
 
 if __name__ == "__main__":

@@ -12,22 +12,20 @@ import gc
 import platform
 import random
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
 from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
+from report import markdown, write_section
 from torch import Tensor, nn
 from tqdm import tqdm
 
 import gsgd.torch
 
-README = Path(__file__).with_name("README.md")
-MARKS = ("<!-- training: begin -->", "<!-- training: end -->")
 MOMENTA = (0.0, 0.9)
 MIN_ROUNDS = 15
 LR = 1e-12  # the arithmetic of any other, but no weight drifts away however many steps are taken
@@ -136,11 +134,6 @@ def training_row(name: str, times: dict[Key, NDArray[np.float64]], momentum: flo
     ]
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description="Time whole training steps with G-SGD and with SGD, interleaved.")
     parser.add_argument("--threads", type=int, default=1, help="default: 1")
@@ -169,16 +162,14 @@ def main() -> None:
     text = "\n\n".join(
         [
             f"torch {torch.__version__}, Python {platform.python_version()}, float32, threads: {args.threads}.",
-            table([*head, "median ratio (95 %)", "rounds"], rows),
+            markdown([*head, "median ratio (95 %)", "rounds"], rows),
             f"The optimizer alone, microseconds per tensor, on {DEPTH} tensors of 4 x 4:",
-            table(["momentum", *OPTIMIZERS], lone_rows),
+            markdown(["momentum", *OPTIMIZERS], lone_rows),
         ]
     )
     print(text)
     if args.write:
-        before, rest = README.read_text(encoding="utf-8").split(MARKS[0])
-        after = rest.split(MARKS[1])[1]
-        README.write_text(f"{before}{MARKS[0]}\n\n{text}\n\n{MARKS[1]}{after}", encoding="utf-8")
+        write_section("training", text)
 
 
 if __name__ == "__main__":

@@ -76,7 +76,7 @@ typedef struct {
 typedef struct {
     const gsgd_rates *rates; /* one per array */
     double max_ratio;        /* r: a path ratio outside [1 / r, r] is clamped and counted */
-    int threads;             /* at most so many; small networks are done by one */
+    int threads;             /* at most so many; one where the network is small or more have not paid */
 } gsgd_options;
 
 typedef struct gsgd_plan gsgd_plan;

@@ -9,6 +9,15 @@
 #include <omp.h>
 #endif
 
+/* A clock, where there are threads. */
+static inline double now(void) {
+#ifdef _OPENMP
+    return omp_get_wtime();
+#else
+    return 0;
+#endif
+}
+
 /* Run body(context, leader) in up to `threads` threads; exactly one has leader = 1. */
 static inline void run_parallel(int threads, void (*body)(void *, int), void *context) {
 #ifdef _OPENMP

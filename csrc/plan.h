@@ -60,6 +60,8 @@ struct gsgd_plan {
     double *sum, *ratio, *inv_rho; /* S and R by chain root, and 1 / rho */
     double *new_m, *new_v;         /* moments of in-edges after the step */
     double *memory;                /* all of the above lies in here */
+    ptrdiff_t turn;                /* steps that might have had several threads */
+    double alone, credit;          /* seconds of a step in one thread; seconds that several threads saved */
 };
 
 /* Where an entry lies in a view. */

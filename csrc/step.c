@@ -29,6 +29,7 @@ enum {
     LANES = 8,        /* columns summed side by side where rows are the fast dimension */
     TASK = 1 << 15,   /* entries that a thread takes at a time */
     SERIAL = 1 << 17, /* networks of fewer entries are not worth a second thread */
+    PROBE = 64,       /* of so many steps one is timed in one thread */
 };
 
 /* Column i of a block, i in C order over (group, column, taps), as an index with row 0. */
@@ -415,13 +416,36 @@ static ptrdiff_t plan_work(gsgd_plan *plan, const gsgd_array *weights, const gsg
     return size;
 }
 
+/* Threads wait for each other, and one whose core another process has makes all others wait, for longer than
+ * it would have saved. So several threads are used on credit: what they save is earned, what they cost is
+ * spent, and steps in one thread earn a 32nd of their time for another try. Results do not depend on it. */
+static int threads_that_pay(const gsgd_plan *plan, int most) {
+    return plan->credit < 0 || plan->turn % PROBE == 1 ? 1 : most;
+}
+
+static void learn_what_pays(gsgd_plan *plan, int threads, double seconds) {
+    if (threads == 1) {
+        plan->alone = plan->alone > 0 && seconds > plan->alone ? (3 * plan->alone + seconds) / 4 : seconds;
+        plan->credit += seconds / 32;
+    } else if (plan->alone > 0) {
+        plan->credit += plan->alone - seconds;
+    }
+    if (plan->credit > plan->alone)
+        plan->credit = plan->alone;
+    ++plan->turn;
+}
+
 gsgd_status gsgd_step(gsgd_plan *plan, const gsgd_array *weights, const gsgd_array *gradients,
                       const gsgd_array *sums, const gsgd_array *m, const gsgd_array *v,
                       const gsgd_options *options, ptrdiff_t *clamped, int64_t *unit) {
     ptrdiff_t size = plan_work(plan, weights, gradients, sums, m, v);
-    int threads = size < SERIAL || options->threads < 1 ? 1 : options->threads;
-    job j = {.plan = plan, .options = options, .threads = threads};
-    run_parallel(threads, work, &j);
+    int several = size >= SERIAL && options->threads > 1;
+    job j = {
+        .plan = plan, .options = options, .threads = several ? threads_that_pay(plan, options->threads) : 1};
+    double begin = several ? now() : 0;
+    run_parallel(j.threads, work, &j);
+    if (several)
+        learn_what_pays(plan, j.threads, now() - begin);
     if (j.status == GSGD_OK)
         store_trees(plan);
     *clamped = j.clamped;

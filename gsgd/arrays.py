@@ -58,19 +58,20 @@ def check_parameters(params: Mapping[str, Any], net: Network, *, writable: bool 
     """Views of the parameters that `net` names (and of all others, if asked), in the order of `net`."""
     if not isinstance(params, Mapping):
         raise TypeError(f"params: expected a mapping of names to arrays, got {type(params).__name__}")
-    missing = [name for name in net.shapes if name not in params]
+    shapes = net.shapes
+    missing = [name for name in shapes if name not in params]
     if missing:
         raise ValueError(f"parameter {missing[0]!r} of the network is missing in params")
-    names = list(net.shapes)
+    names = list(shapes)
     if others:
-        names += [name for name in params if name not in net.shapes]
+        names += [name for name in params if name not in shapes]
     arrays: Arrays = {}
     for name in names:
         a = as_array(f"parameter {name!r}", params[name])
         if a.dtype not in (np.float32, np.float64) or not a.dtype.isnative or not a.flags.aligned:
             got = f"{a.dtype.str}, aligned: {a.flags.aligned}"
             raise TypeError(f"parameter {name!r}: expected native aligned float32 or float64, got {got}")
-        expected = net.shapes.get(name, a.shape)
+        expected = shapes.get(name, a.shape)
         if a.shape != expected:
             raise ValueError(f"parameter {name!r}: expected shape {expected}, got {a.shape}")
         if writable and not a.flags.writeable:

@@ -283,7 +283,8 @@ class GSGD(_PathOptimizer):
         Which weights make the skeleton, see `Skeleton`. With ``scale="balanced"`` the largest are those of the
         balanced network.
     threads : int, optional
-        At most so many; OMP_NUM_THREADS or all processors by default. Results do not depend on it. The child of a
+        At most so many; OMP_NUM_THREADS or all processors by default. Results do not depend on it. Steps are timed, and
+        one thread takes them while several take longer, as when other processes keep the cores busy. The child of a
         fork takes its steps with one.
     max_ratio : float
         A path ratio outside ``[1 / max_ratio, max_ratio]`` is clamped and counted in `stats`.

@@ -31,7 +31,8 @@ def check_rule(rule: Rule) -> Rule:
 
 def make_plan(net: Network, arrays: Arrays, backend: Backend) -> tuple[Any, list[Block]]:
     """A plan of the network's blocks, and of a plain block for every array that it does not mention."""
-    blocks = [*net.blocks, *(plain_block(n, a.shape) for n, a in arrays.items() if n not in net.shapes)]
+    mentioned = net.shapes.keys()
+    blocks = [*net.blocks, *(plain_block(n, a.shape) for n, a in arrays.items() if n not in mentioned)]
     number = {name: i for i, name in enumerate(arrays)}
     if backend == "reference":
         return reference.Plan(net.num_units, len(arrays), [(number[b.name], b) for b in blocks]), blocks
