@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from report import README, markdown
+from report import README, markdown, write_section
 from step import LR, mlp, normal
 from tqdm import tqdm
 
