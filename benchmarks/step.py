@@ -113,7 +113,7 @@ TORCH: dict[str, Callable[[list[torch.Tensor]], torch.optim.Optimizer]] = {
     "Adam": partial(torch.optim.Adam, lr=LR),
     "Adam fused": partial(torch.optim.Adam, lr=LR, fused=True),
 }
-OTHERS = ("NumPy SGD", "optax SGD", "copy")
+OTHERS = ("NumPy SGD", "optax SGD", "copy", "read")
 COLUMNS = ("G-SGD", "G-SGD m", *(name for name in TORCH if name != "SGD"), *OTHERS)
 
 
@@ -160,13 +160,14 @@ def contenders(net: gsgd.Network, dtype: str) -> tuple[dict[str, Step], Callable
     for tensor, g in zip(tensors, gradients.values(), strict=True):
         tensor.grad = torch.from_numpy(g)
     optimizers = [gsgd.GSGD(weights, net, lr=LR, momentum=momentum) for momentum in (0.0, MOMENTUM)]
-    source = torch.ones(net.num_weights, dtype=tensors[0].dtype)
+    source, target = torch.ones(2, net.num_weights, dtype=tensors[0].dtype)
     steps: dict[str, Step] = {
         "G-SGD": partial(optimizers[0].step, gradients),
         "G-SGD m": partial(optimizers[1].step, gradients),
         **{name: optimizer(tensors).step for name, optimizer in TORCH.items()},
         "NumPy SGD": partial(numpy_step, weights, gradients),
-        "copy": partial(torch.zeros_like(source).copy_, source),
+        "copy": partial(target.copy_, source),
+        "read": partial(torch.dot, source, target),
     }
     if jax and optax:
         steps["optax SGD"] = optax_step(weights, gradients)
