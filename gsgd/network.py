@@ -13,6 +13,7 @@ import operator
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
@@ -74,7 +75,7 @@ class Block:
     def view(self, array: Any, xp: Any = np) -> Any:
         """`array` (shaped as the parameter) as ``(groups, rows, cols, t0, t1, t2)``; NumPy makes no copy."""
         axis, first = self.start
-        order, shape = self._memory_order()
+        order, shape = self._memory_order
         if array.ndim and shape[axis] != array.shape[axis]:
             array = array[(slice(None),) * axis + (slice(first, first + shape[axis]),)]
         array = xp.reshape(array, tuple(self.dims[i].extent for i in order))
@@ -82,9 +83,10 @@ class Block:
 
     def unview(self, entries: Any, xp: Any = np) -> Any:
         """The inverse of `view`: the part of the parameter that the block covers."""
-        order, shape = self._memory_order()
+        order, shape = self._memory_order
         return xp.reshape(xp.permute_dims(entries, order), shape)
 
+    @cached_property
     def _memory_order(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """The dims from the parameter's first axis to its last, then unused ones; the extents of the axes."""
         used = sorted((i for i in range(6) if self.dims[i].step), key=lambda i: (self.dims[i].axis, -self.dims[i].step))
@@ -238,6 +240,7 @@ class Network:
         self._writer: dict[int, str] = {}  # node -> the layer that made it
         self._compiled: _Compiled | None = None
         self._others: tuple[str, ...] = ()  # parameters that a tracer saw and left out
+        self._reasons: dict[str, str] = {}  # and why, where it knows
 
     # nodes and units
 
@@ -706,8 +709,11 @@ class Network:
         weights, units = self.num_weights, len(compiled.labels)
         lines.append("")
         lines.append(f"{weights:,} weights (m), {units:,} units (H), {weights - units:,} basis paths (m - H)")
-        if self._others:
-            lines.append(f"not described, plain steps: {', '.join(self._others)}")
+        left_out: dict[str, list[str]] = {}
+        for name in self._others:
+            left_out.setdefault(self._reasons.get(name, ""), []).append(name)
+        for reason, names in left_out.items():
+            lines.append(f"not described, plain steps: {', '.join(names)}" + (f" ({reason})" if reason else ""))
         return "\n".join(lines)
 
 

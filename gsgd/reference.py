@@ -181,9 +181,9 @@ def convert(t: Tables, asarray: Callable[[NDArray[Any]], Array]) -> Tables:
 # reading blocks and trees
 
 
-def _real(xp: Any) -> Any:
-    """In what the trees are computed: float64, or float32 where a namespace has no more (JAX without its x64 mode)."""
-    return xp.__array_namespace_info__().dtypes(kind="real floating").get("float64", xp.float32)
+def real_type(xp: Any, where: Any) -> Any:
+    """In what the trees are computed: float64, or float32 where there is no more (Apple's MPS; JAX by default)."""
+    return xp.__array_namespace_info__().dtypes(device=where, kind="real floating").get("float64", xp.float32)
 
 
 def view(xp: Any, b: BlockTables, arrays: Sequence[Array | None]) -> Array:
@@ -210,31 +210,28 @@ def assemble(xp: Any, t: Tables, parts: Sequence[Array], like: Sequence[Array]) 
     return arrays
 
 
-def _take(xp: Any, x: Array, ids: Array) -> Array:
-    return xp.reshape(xp.take(x, xp.reshape(ids, (-1,))), ids.shape)
-
-
 def _at_tree(xp: Any, t: Tables, tree: TreeTables, arrays: Sequence[Array | None], end: float) -> Array:
     """The entries of `arrays` at the edges of a tree, one per unit.
 
     `end` where there is no edge, 0 where there is no array.
     """
-    where, real = device(tree.order), _real(xp)
+    where = device(tree.order)
+    real = real_type(xp, where)
     found = []
     for k, entries in zip(tree.blocks, tree.entries, strict=True):
         if arrays[t.blocks[k].array] is None:
             found.append(xp.zeros(entries.shape, dtype=real, device=where))
         else:
-            values = xp.take(xp.reshape(view(xp, t.blocks[k], arrays), (-1,)), entries)
+            values = xp.reshape(view(xp, t.blocks[k], arrays), (-1,))[entries]
             found.append(xp.astype(values, real))
     found.append(xp.full((1,), end, dtype=real, device=where))
-    return xp.take(xp.concat(found), tree.order)
+    return xp.concat(found)[tree.order]
 
 
-def _along(xp: Any, tree: TreeTables, x: Array, combine: Callable[[Array, Array], Array]) -> Array:
+def _along(tree: TreeTables, x: Array, combine: Callable[[Array, Array], Array]) -> Array:
     """Combine a number per unit from every unit to the end of its tree."""
     for jump in tree.jumps:
-        x = combine(x, xp.take(x, jump))
+        x = combine(x, x[jump])
     return x
 
 
@@ -267,7 +264,8 @@ class Solution:
 def gather(t: Tables, weights: Sequence[Array], sums: Sequence[Array | None]) -> Array:
     """S per chain root: the sum of w g over the edges that leave the units of a chain, free edges left out."""
     xp = array_namespace(*weights)
-    where, real = device(weights[0]), _real(xp)
+    where = device(weights[0])
+    real = real_type(xp, where)
     columns = []
     for b in t.blocks:
         if sums[b.array] is None or (b.block.cols == PINNED).all():  # of pinned sources no sum is needed
@@ -277,7 +275,7 @@ def gather(t: Tables, weights: Sequence[Array], sums: Sequence[Array | None]) ->
         products = xp.where(b.free, xp.zeros_like(products), products)
         columns.append(xp.reshape(xp.sum(products, axis=(1, 3, 4, 5)), (-1,)))
     columns.append(xp.zeros((1,), dtype=real, device=where))
-    return xp.sum(_take(xp, xp.concat(columns), t.columns_of_root), axis=1)
+    return xp.sum(xp.concat(columns)[t.columns_of_root], axis=1)
 
 
 def solve(
@@ -293,8 +291,8 @@ def solve(
     """On the trees: chain products, the inverse chain rule, path ratios."""
     xp = array_namespace(*weights)
     in_weights = _at_tree(xp, t, t.in_tree, weights, 1.0)
-    a = _along(xp, t.in_tree, in_weights / scale.in_weights, xp.multiply) / scale.c
-    b = _along(xp, t.out_tree, _at_tree(xp, t, t.out_tree, weights, 1.0) / scale.out_weights, xp.multiply) * scale.c
+    a = _along(t.in_tree, in_weights / scale.in_weights, xp.multiply) / scale.c
+    b = _along(t.out_tree, _at_tree(xp, t, t.out_tree, weights, 1.0) / scale.out_weights, xp.multiply) * scale.c
     x = a * b
     d = (in_weights * _at_tree(xp, t, t.in_tree, gradients, 0.0) - s) / x
     m, v = (_at_tree(xp, t, t.in_tree, [pair[i] for pair in moments], 0.0) for i in (0, 1))
@@ -308,7 +306,7 @@ def solve(
         m, v = m if new_m is None else xp.where(here, new_m, m), xp.where(here, new_v, v)
     ratio = xp.clip(r, 1 / max_ratio, max_ratio)
     finite = xp.all(xp.isfinite(r)) & xp.all(xp.isfinite(1 / x)) & xp.all(xp.isfinite(x))
-    return Solution(a, b, ratio, xp.take(ratio, t.root), m, v, xp.count_nonzero(r != ratio), finite)
+    return Solution(a, b, ratio, ratio[t.root], m, v, xp.count_nonzero(r != ratio), finite)
 
 
 def _among(xp: Any, ids: Array, wanted: Sequence[int], count: int) -> Array:
@@ -336,25 +334,28 @@ def apply(
     xp = array_namespace(*weights)
     new_weights: list[Array] = []
     new_moments: list[list[Array | None]] = [[], []]
+    per_unit: dict[Any, list[Array]] = {}  # in the dtype of the weights
     for k in t.blocks:
         o, w, m, v = rates[k.array], view(xp, k, weights), *(view(xp, k, x) for x in zip(*moments, strict=True))
-
-        def at(ids: Array, x: Array, like: Array = w) -> Array:
-            return xp.astype(_take(xp, x, ids), like.dtype)
-
-        rho = at(k.cols, 1 / solution.rho)
+        if w.dtype not in per_unit:
+            a, b, ratio, rho = solution.a, solution.b, solution.ratio, solution.rho
+            per_unit[w.dtype] = [
+                xp.astype(x, w.dtype) for x in (a, b, 1 / a, 1 / b, ratio, 1 / rho, solution.m, solution.v)
+            ]
+        a, b, per_a, per_b, ratio, per_rho, *of_chain = per_unit[w.dtype]
+        rho = per_rho[k.cols]
         new = w
         if gradients[k.array] is not None:
-            per_x = at(k.cols, 1 / solution.a) * at(k.rows, 1 / solution.b)  # dw / dx
+            per_x = per_a[k.cols] * per_b[k.rows]  # dw / dx
             d = view(xp, k, gradients) * per_x
-            decay = o.weight_decay * (w * (at(k.cols, solution.a) * at(k.rows, solution.b)))
+            decay = o.weight_decay * (w * (a[k.cols] * b[k.rows]))
             e, (m, v) = direction(xp, o, d if o.decoupled else d + decay, m, v)
             new = w - o.lr * ((e + decay if o.decoupled else e) * per_x)
-        new = xp.where(k.chain, w * at(k.rows, solution.ratio) * rho, new * rho)
+        new = xp.where(k.chain, w * ratio[k.rows] * rho, new * rho)
         new_weights.append(xp.where(k.free, w, new))
-        for found, x, of_chain in zip(new_moments, (m, v), (solution.m, solution.v), strict=True):
+        for found, x, chain in zip(new_moments, (m, v), of_chain, strict=True):
             if x is not None:
-                x = xp.where(k.free, xp.zeros_like(x), xp.where(k.chain, at(k.rows, of_chain), x))
+                x = xp.where(k.free, xp.zeros_like(x), xp.where(k.chain, chain[k.rows], x))
             found.append(x)
     assembled = [assemble(xp, t, new_moments[i], [pair[i] for pair in moments]) for i in (0, 1)]
     return assemble(xp, t, new_weights, weights), list(zip(*assembled, strict=True))
@@ -509,7 +510,7 @@ class Plan:
         in_weights, out_weights = (_at_tree(np, t, tree, weights, 1.0) for tree in (t.in_tree, t.out_tree))
 
         def paths(f: Callable[[Array], Array], combine: Callable[[Array, Array], Array]) -> list[Array]:
-            a, b = _along(np, t.in_tree, f(in_weights), combine), _along(np, t.out_tree, f(out_weights), combine)
+            a, b = _along(t.in_tree, f(in_weights), combine), _along(t.out_tree, f(out_weights), combine)
             found = [
                 combine(combine(a[k.cols], f(view(np, k, weights).astype(np.float64))), b[k.rows]) for k in t.blocks
             ]
@@ -530,7 +531,7 @@ class Plan:
         t = self._tables
         s = gather(t, weights, sums)
         in_weights, out_weights = (_at_tree(np, t, tree, weights, 1.0) for tree in (t.in_tree, t.out_tree))
-        a, b = _along(np, t.in_tree, in_weights, np.multiply), _along(np, t.out_tree, out_weights, np.multiply)
+        a, b = _along(t.in_tree, in_weights, np.multiply), _along(t.out_tree, out_weights, np.multiply)
         d = (in_weights * _at_tree(np, t, t.in_tree, gradients, 0.0) - s) / (a * b)
         if not np.isfinite(s).all():
             raise FloatingPointError(-1)

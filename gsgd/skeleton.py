@@ -10,6 +10,7 @@ from itertools import pairwise
 from typing import Any, Literal
 
 import numpy as np
+from array_api_compat import array_namespace
 from numpy.typing import NDArray
 
 from gsgd import _core, reference
@@ -55,30 +56,32 @@ def make_plan(net: Network, arrays: Arrays, backend: Backend) -> tuple[Any, list
 
 
 def batch_norm_gradients(
-    net: Network, arrays: Arrays, gradients: Sequence[NDArray[Any] | None]
-) -> tuple[list[NDArray[Any] | None], list[NDArray[Any] | None]]:
+    net: Network, arrays: Mapping[str, Any], gradients: Sequence[Any]
+) -> tuple[list[Any], list[Any]]:
     """Gradients of layers before a batch normalization, for the update and for the sums of the inverse chain rule.
 
     "paper": times the norm of each row (equation 30). "released": times the norm over input channels only, and raw
-    in the sums.
+    in the sums. Arrays are of any namespace with assignment to views.
     """
+    xp = array_namespace(*arrays.values())
     number = {name: i for i, name in enumerate(arrays)}
     scaled, sums = list(gradients), list(gradients)
     squares: dict[str, Any] = {}
     for b in net.blocks:
         if b.batch_norm == "paper":
-            w = b.view(arrays[b.name])
-            squares[b.name] = squares.get(b.name, 0) + np.sum(w * w, axis=(2, 3, 4, 5), keepdims=True)
+            w = b.view(arrays[b.name], xp)
+            squares[b.name] = squares.get(b.name, 0) + xp.sum(w * w, axis=(2, 3, 4, 5), keepdims=True)
     for b in net.blocks:
         i, g = number[b.name], gradients[number[b.name]]
         if b.batch_norm is None or g is None:
             continue
-        w = b.view(arrays[b.name])
-        norm = np.sqrt(squares[b.name] if b.batch_norm == "paper" else np.sum(w * w, axis=2, keepdims=True))
+        w = b.view(arrays[b.name], xp)
+        norm = xp.sqrt(squares[b.name] if b.batch_norm == "paper" else xp.sum(w * w, axis=2, keepdims=True))
         own = scaled[i]
         if own is None or own is g:
-            own = scaled[i] = np.array(g)
-        np.multiply(b.view(own), norm, out=b.view(own))
+            own = scaled[i] = xp.asarray(g, copy=True)
+        part = b.view(own, xp)
+        part *= norm
         if b.batch_norm == "paper":
             sums[i] = own
     return scaled, sums

@@ -16,8 +16,10 @@ import torch
 import torch.nn.functional as F
 from models import BasicBlock, ResNet, mlp
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.optim.lr_scheduler import LambdaLR, OneCycleLR, ReduceLROnPlateau, StepLR
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import gsgd
 import gsgd.torch.optimizer
@@ -264,6 +266,87 @@ def test_array_operations_take_the_same_steps(
     assert_close(array, core, rtol=rtol, atol=rtol / 10)
 
 
+@pytest.mark.parametrize("mode", ["paper", "released"])
+def test_array_operations_approximate_batch_norm_alike(monkeypatch: pytest.MonkeyPatch, mode: str) -> None:
+    models = [Net(), Net()]
+    settings: dict[str, Any] = {"batch_norm": mode, "residual": "pin", "scale": "ones", "lr": 0.02}
+    optimizers = [make(models[0], **settings)]
+    monkeypatch.setattr(gsgd.torch.optimizer, "_CoreEngine", gsgd.torch.optimizer._ArrayEngine)
+    optimizers.append(make(models[1], **settings))
+    for step in range(4):
+        backward(models[0], step)
+        for p, q in zip(*(model.parameters() for model in models), strict=True):
+            q.grad = p.grad.clone() if step else p.grad
+        for opt in optimizers:
+            opt.step()
+        assert_close(*models, rtol=1e-11, atol=1e-12)
+    plain = Net()
+    train(plain, make(plain, **{**settings, "batch_norm": "exact"}), range(1))
+    assert (plain.body.fc.weight - models[0].body.fc.weight).abs().max() > 0.01
+
+
+class NoDoubles(TorchDispatchMode):
+    """Refuses to make float64, as Apple's MPS does."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        made = [] if func is torch.ops.aten.lift_fresh.default else tree_leaves(out)  # that is NumPy's, on the host
+        if any(isinstance(t, Tensor) and t.dtype == torch.float64 for t in made):
+            raise TypeError(f"{func}: there is no float64")
+        return out
+
+
+def test_a_device_without_float64(monkeypatch: pytest.MonkeyPatch) -> None:
+    models = [Net(torch.float32), Net(torch.float32)]
+    net = trace(models[0], example())
+    settings: dict[str, Any] = {"lr": 0.05, "momentum": 0.9, "network": net}
+    optimizers = [GSGD(models[0], **settings)]
+    monkeypatch.setattr(gsgd.torch.optimizer, "_CoreEngine", gsgd.torch.optimizer._ArrayEngine)
+    with NoDoubles(), pytest.raises(TypeError, match="no float64"):
+        torch.ones(1, dtype=torch.float64)
+    with NoDoubles():
+        optimizers.append(GSGD(models[1], **settings))
+    for step in range(4):
+        backward(models[0], step)
+        for p, q in zip(*(model.parameters() for model in models), strict=True):
+            q.grad = p.grad.clone()
+        optimizers[0].step()
+        with NoDoubles():
+            optimizers[1].step()
+    assert_close(*models, rtol=1e-3, atol=1e-5)
+    assert optimizers[0].stats == optimizers[1].stats
+
+
+@pytest.mark.parametrize("device", ["cuda", "mps"])
+@pytest.mark.parametrize("mode", ["exact", "paper"])
+def test_a_step_stays_on_its_device(monkeypatch: pytest.MonkeyPatch, device: str, mode: str) -> None:
+    """On tensors without values, which know their device and raise where a value is asked for."""
+    opt = make(Net(torch.float32), batch_norm=mode, nesterov=True, weight_decay=0.1)
+    written, where = [], torch.where
+
+    def where_out(condition: Tensor, x: Tensor, y: Tensor, out: Tensor | None = None) -> Tensor:
+        value = where(condition, x, y)
+        if out is not None:
+            assert (out.shape, out.dtype, out.device) == (value.shape, value.dtype, value.device)
+            written.append(out)
+        return value
+
+    # these want to see the device before they ask whether the tensors are of this kind
+    monkeypatch.setattr(torch, "where", where_out)
+    monkeypatch.setattr(Tensor, "__getitem__", lambda x, ids: torch.ops.aten.index.Tensor(x, [ids]))
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        tensors = {name: torch.empty(p.shape, device=device) for name, p in opt._tensors().items()}
+        engine = gsgd.torch.optimizer._ArrayEngine(opt.network, opt._anchor, tensors)
+        gradients, momenta = ([torch.empty_like(p) for p in tensors.values()] for _ in range(2))
+        for wait in (lambda p: p.sum().item(), lambda p: p.nonzero(), lambda p: p + torch.ones(p.shape)):
+            with pytest.raises(RuntimeError):
+                wait(gradients[0])
+        rates, which, stats = [opt.rates(opt.param_groups[0], 1)], [0] * len(tensors), gsgd.optimizer.Stats()
+        engine.step(gradients, (momenta, [None] * len(tensors)), rates, which, 10.0, 1, stats)
+    assert [id(t) for t in written] == [id(t) for t in (*engine.aliases, *momenta)]
+    assert stats.clamped.device.type == device
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision(dtype: torch.dtype) -> None:
     """A network of half-precision and single-precision layers."""
@@ -500,17 +583,17 @@ def test_resuming_equals_not_stopping(engine: str, way: str) -> None:
 
 
 def test_momentum_may_be_cleared() -> None:
-    models = [Net(), Net()]
-    for model in models:
+    models = [Net(), Net(), Net()]
+    for i, model in enumerate(models):
         opt = make(model)
         train(model, opt, range(2))
-        if model is models[0]:
+        if i == 0:
             opt.state.clear()
-        else:
-            for state in opt.state.values():
-                state["momentum_buffer"].zero_()
+        for state in opt.state.values():
+            buffer = state["momentum_buffer"]
+            buffer.data = torch.zeros_like(buffer) if i == 1 else buffer.zero_()
         train(model, opt, range(2, 4))
-    assert_same(*models)
+        assert_same(models[0], model)
 
 
 def test_the_state_of_torch_sgd_loads() -> None:
@@ -770,10 +853,6 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts_of_gradients(engine: str, layout: str, settings: dict[str, Any]) -> None:
     """The strides of a gradient make no difference, and its bits stay."""
-    if engine == "array" and "batch_norm" in settings:
-        with pytest.raises(ValueError, match="use 'exact'"):
-            make(Net(), **settings)
-        return
     models = [Net(), Net().to(memory_format=torch.channels_last)]
     for i, model in enumerate(models):
         opt = make(model, **settings)
@@ -801,6 +880,33 @@ def test_sparse_gradients_are_refused(engine: str) -> None:
     assert_same(model, before)
 
 
+def test_gradients_that_no_longer_fit_are_refused(engine: str) -> None:
+    """As after a change of a parameter between backward and step, or by `grad_dtype`."""
+    model, extra = mlp((2, 4, 3)), nn.Parameter(torch.ones(3))
+    opt = GSGD([*named(model), ("extra", extra)], lr=0.1, momentum=0.9, network=trace(model))
+
+    def refused(error: type[Exception], message: str) -> None:
+        before = weights(model)
+        with pytest.raises(error, match=message):
+            opt.step()
+        assert_same(model, before)
+
+    for grown in (False, True, False):
+        extra.data = torch.ones(3)
+        opt.zero_grad()
+        (model(torch.ones(5, 2)).sum() * extra.sum()).backward()
+        if grown:
+            extra.data = torch.ones(50)
+            refused(ValueError, r"gradient of 'extra': expected shape \(50,\), got \(3,\)")
+        else:
+            opt.step()
+    if hasattr(extra, "grad_dtype"):
+        extra.grad = None
+        extra.grad_dtype = torch.bfloat16
+        extra.grad = torch.ones(3, dtype=torch.bfloat16)
+        refused(TypeError, r"gradient of 'extra': expected .* torch\.float32, got torch\.bfloat16")
+
+
 # what is refused
 
 
@@ -817,8 +923,15 @@ def replace_first(model: nn.Module, to: Tensor) -> list[tuple[str, Tensor]]:
 
 
 REFUSED: dict[str, tuple[Callable[[nn.Module], Any], dict[str, Any], type[Exception], str]] = {
-    "unnamed": (lambda m: m.parameters(), {}, ValueError, "expected named parameters"),
-    "no network": (named, {"network": None}, ValueError, r"network: expected a gsgd\.Network"),
+    "unnamed": (lambda m: m.parameters(), {}, ValueError, "the model itself, or named parameters"),
+    "no network": (named, {"network": None}, ValueError, "the model itself, or named parameters .* and network="),
+    "names of a wrapped model": (
+        lambda m: named(nn.Sequential(m)),
+        {},
+        ValueError,
+        r"expected names of the network, like '0\.weight', got names like '0\.0\.weight'",
+    ),
+    "a model as network": (named, {"network": nn.ReLU()}, TypeError, r"network: expected a gsgd\.Network, got ReLU"),
     "twice": (lambda m: [*named(m), ("again", m[0].weight)], {}, ValueError, "'0.weight' is given twice"),
     "one name": (
         lambda m: replace_first(m, m[0].weight)[:1] * 1 + [("0.weight", m[2].weight)],

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import collections
 import copy
+import dataclasses
+import random
 import subprocess
 import sys
 from collections.abc import Callable
@@ -19,7 +22,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from gsgd import Network
-from gsgd.torch import SymmetryError, trace, verify
+from gsgd.torch import GSGD, SymmetryError, trace, verify
 
 
 def images(size: int, channels: int = 3) -> Tensor:
@@ -124,6 +127,26 @@ class Hidden(torch.autograd.Function):
         return -g
 
 
+@torch.library.custom_op("gsgd_test::relu", mutates_args=())
+def relu_of_another_library(x: Tensor) -> Tensor:
+    return F.relu6(3 * x)
+
+
+@relu_of_another_library.register_fake
+def _(x: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
+relu_of_another_library.register_autograd(lambda ctx, g: g)
+
+
+def flatten(x: Tensor) -> Tensor:
+    """A function of another module with a name of torch's."""
+    if torch.overrides.has_torch_function((x,)):
+        return torch.overrides.handle_torch_function(flatten, (x,), x)
+    return torch.sigmoid(x)
+
+
 def written_by_parts(model: Between, x: Tensor) -> Tensor:
     out = torch.zeros_like(x)
     part = out[:, :4]
@@ -178,6 +201,7 @@ UNDERSTOOD: dict[str, tuple[Callable[[Between, Tensor], Tensor], int]] = {
     "functional weight": (lambda m, x: F.conv2d(x, m.c.weight), 16),
     "computed bias": (lambda m, x: F.conv2d(x, m.c.weight, 2 * m.c.bias), 8),
     "unused": (lambda m, x: (m.c(x), x)[1], 8),
+    "unfold": (lambda m, x: F.fold(F.unfold(x, 3), (6, 6), 3), 0),
     "python's sum": (lambda m, x: sum([x, m.c(x)]), 8),
     "relu6": (lambda m, x: F.relu6(x), 0),
     "hardtanh": (lambda m, x: F.hardtanh(x), 0),
@@ -194,6 +218,8 @@ UNDERSTOOD: dict[str, tuple[Callable[[Between, Tensor], Tensor], int]] = {
     "detached branch": (lambda m, x: x + m.c(x).detach(), 0),
     "no_grad": (without_gradients, 0),
     "autograd.Function": (lambda m, x: Hidden.apply(x), 0),
+    "another library's relu": (lambda m, x: torch.ops.gsgd_test.relu(x), 0),
+    "another module's flatten": (lambda m, x: flatten(x), 0),
     "called twice": (lambda m, x: m.c(m.c(x)), 0),
     "weight read elsewhere": (lambda m, x: m.c(x) * m.c.weight.norm(), 0),
     "computed weight": (lambda m, x: F.conv2d(x, 2 * m.c.weight, m.c.bias), 0),
@@ -370,6 +396,8 @@ def keeps(m: Any, x: Tensor) -> Tensor:
             vectors(5),
             0,
         ),
+        (lambda: Call(lambda m, x: m.i(x) - m.i(x.flip(0)), i=nn.Linear(5, 2)), vectors(5), 0),
+        (lambda: Call(lambda m, x: m.i(x).detach(), i=nn.Linear(5, 2)), vectors(5), 0),
         (lambda: Call(keeps, i=nn.Linear(5, 6), o=nn.Linear(6, 2)), vectors(5), 0),
         (
             lambda: Call(lambda m, x: m.o(torch.cat([m.i(x).relu().flatten(1), m.j(x)[..., ::2, ::2].flatten(1)], 1)),
@@ -414,12 +442,61 @@ def scripted(x: Tensor) -> Tensor:
         (chain(), vectors(4), "linear in 0"),
         (Call(lambda m, x, y: m.i(x) + y, i=nn.Linear(5, 5)), None, "pass example_inputs"),
         (models.Encoder(), None, "pass example_inputs"),
-        (Call(lambda m, x: {m.i(x)}, i=nn.Linear(5, 5)), vectors(5), "returns a set"),
+        (torch.jit.script(chain()), None, "the model is compiled by TorchScript"),
+        (Between(lambda m, x: x[x.sum((1, 2, 3)).nonzero()]), None, "nonzero in .* values are asked for; describe"),
+        (Between(lambda m, x: x if x.sum() > 0 else -x), None, "^the model .* values are asked for; describe"),
     ],
 )
 def test_what_cannot_be_followed(model: nn.Module, inputs: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         trace(model, inputs)
+
+
+@dataclasses.dataclass
+class Output:
+    logits: Tensor
+    hidden: Any = None
+
+
+class Named(collections.OrderedDict):  # type: ignore[type-arg]
+    """A mapping that torch's trees do not know."""
+
+
+class ToTuple:
+    def __init__(self, *values: Any) -> None:
+        self.values = values
+
+    def to_tuple(self) -> tuple[Any, ...]:
+        return self.values
+
+
+@pytest.mark.parametrize(
+    ("wrap", "hidden"),
+    [
+        (lambda h, y: Output(y, None), False),
+        (lambda h, y: Output(y, Output(h)), True),
+        (lambda h, y: [Named(logits=y)], False),
+        (lambda h, y: Named(logits=y, hidden=(h, 3)), True),
+        (lambda h, y: {"logits": ToTuple(y, "text")}, False),
+        (lambda h, y: ToTuple(y, Named(hidden=h)), True),
+    ],
+)
+def test_outputs_are_looked_into(wrap: Callable[[Tensor, Tensor], Any], hidden: bool) -> None:
+    """Hidden units that are returned are pinned, in whatever they are wrapped."""
+    model = Call(lambda m, x: wrap(h := torch.relu(m.i(x)), m.o(h)), i=nn.Linear(5, 6), o=nn.Linear(6, 2))
+    net, careless = trace(model), by_hand(5, 6, "i", "o")
+    assert net.num_units == (0 if hidden else 6)
+    verify(model, net, vectors(5))
+    if hidden:
+        with pytest.raises(SymmetryError):
+            verify(model, careless, vectors(5))
+
+
+def test_outputs_that_cannot_be_looked_into() -> None:
+    model = Call(lambda m, x: {m.o(torch.relu(m.i(x)))}, i=nn.Linear(5, 6), o=nn.Linear(6, 2))
+    for call in (lambda: trace(model), lambda: verify(model, by_hand(5, 6, "i", "o"), vectors(5))):
+        with pytest.raises(TypeError, match=r"returns a set.* Wrap the model"):
+            call()
 
 
 def by_hand(read: int, hidden: int, *layers: str, skip: bool = False) -> Network:
@@ -501,26 +578,98 @@ def test_verify_names_what_the_model_lacks() -> None:
         verify(model, by_hand(5, 6, "0", "2"), np.nan * vectors(5))
 
 
+def asks_for_float32(m: Any, x: Tensor) -> Tensor:
+    h = torch.relu(m.i(x.float())).half().to(torch.float32) @ torch.eye(6, dtype=torch.float32)
+    return m.o(torch.cat([h[:, :3], torch.zeros(len(h), 3)], 1) @ torch.ones(6, 6))
+
+
+def test_verify_runs_models_that_ask_for_a_dtype() -> None:
+    model = Call(asks_for_float32, i=nn.Linear(5, 6), o=nn.Linear(6, 2))
+    verify(model, trace(model), vectors(5))
+    with pytest.raises(SymmetryError, match=r"'i.weight'"):
+        verify(model, by_hand(5, 6, "i", "o"), vectors(5))
+    assert torch.get_default_dtype() == torch.float32
+    half = Call(
+        lambda m, x: m.o(torch.from_numpy(m.i(x).detach().numpy().astype("f2"))), **dict(model.named_children())
+    )
+    with pytest.raises(ValueError, match=r"does not run in float64.* in evaluation \(RuntimeError: .*: give inputs"):
+        verify(half, by_hand(5, 6, "i", "o"), vectors(5))
+    with pytest.raises(ValueError, match=r"does not run in float64.*shapes cannot be multiplied"):
+        verify(model, by_hand(5, 6, "i", "o"), vectors(4))
+    with pytest.raises(TypeError, match=r"net: expected a gsgd\.Network"):
+        verify(model, model, vectors(5))  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"model: expected a torch\.nn\.Module"):
+        trace(trace(model))  # type: ignore[arg-type]
+
+
 def test_gsgd_does_not_import_torch() -> None:
     code = "import sys, gsgd; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-P", "-c", code], check=True)  # -P: the installed package
 
 
-def test_activation_checkpointing() -> None:
-    class Checkpointed(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.a, self.b = nn.Linear(4, 8), nn.Linear(8, 3)
+def test_choices_by_random_numbers() -> None:
+    """Stochastic depth by Python's generator: the trace sees one branch, and verify finds the other for some seed."""
 
-        def forward(self, x: Tensor) -> Tensor:
-            return self.b(torch.utils.checkpoint.checkpoint(lambda t: torch.relu(self.a(t)), x, use_reentrant=False))
+    def forward(m: Any, x: Tensor) -> Tensor:
+        h = torch.relu(m.a(x))
+        return m.c(h + torch.relu(m.b(h)) if random.random() < 0.5 else h)
 
-    model = Checkpointed()
+    model = Call(forward, a=nn.Linear(4, 8), b=nn.Linear(8, 8), c=nn.Linear(8, 3))
+    traced = set()
+    for seed in range(4):
+        random.seed(seed)
+        state = random.getstate()
+        net = trace(model)
+        assert random.getstate() == state
+        both = "b.weight" in net.shapes
+        assert both == (random.random() < 0.5)
+        traced.add(both)
+        for other in range(4):
+            random.seed(other)
+            if both or random.random() >= 0.5:
+                verify(model, net, vectors(4), seed=other)
+            else:
+                with pytest.raises(SymmetryError):
+                    verify(model, net, vectors(4), seed=other)
+    assert traced == {True, False}
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_activation_checkpointing(reentrant: bool) -> None:
+    """The reentrant kind runs the forward pass without gradients, in which nothing is taken for granted."""
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        return m.b(torch.utils.checkpoint.checkpoint(lambda t: torch.relu(m.a(t)), x, use_reentrant=reentrant))
+
+    model = Call(forward, a=nn.Linear(4, 8), b=nn.Linear(8, 3))
     net = trace(model)
-    assert net.num_units == 8
-    verify(model, net, torch.randn(5, 4))
+    assert net.num_units == (0 if reentrant else 8)
+    verify(model, net, vectors(4))
 
 
-def test_parameters_that_are_not_described_are_listed() -> None:
-    model = nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8), nn.ReLU(), nn.Linear(8, 3))
-    assert "not described, plain steps: 1.weight, 1.bias" in str(trace(model))
+def test_parameters_that_are_not_described_are_listed_with_reasons() -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        h = F.relu(m.norm(m.a(x)))
+        h = m.gain * m.twice(F.relu(m.twice(h)))
+        return m.b(F.linear(m.shared[0](m.shared[1](h)), 2 * m.computed))
+
+    shared = nn.Sequential(nn.Linear(8, 8, bias=False), nn.Linear(8, 8, bias=False))
+    shared[1].weight.data = shared[0].weight.data
+    layers = {"a": nn.Linear(4, 8), "norm": nn.LayerNorm(8), "twice": nn.Linear(8, 8), "b": nn.Linear(8, 3)}
+    model = Call(forward, **layers, shared=shared, unused=nn.Linear(2, 2))
+    model.gain, model.computed = nn.Parameter(torch.ones(8)), nn.Parameter(torch.eye(8))
+    net = trace(model)
+    assert str(net).split("(m - H)\n")[1].splitlines() == [
+        f"not described, plain steps: {names} ({reason})"
+        for names, reason in (
+            ("gain, computed", "mul in the model"),
+            ("norm.weight, norm.bias", "layer_norm in norm"),
+            ("twice.weight, twice.bias", "linear in twice: its weight twice.weight is read 2 times"),
+            ("shared.0.weight, shared.1.weight", "shares its memory with another"),
+            ("unused.weight, unused.bias", "not read by the forward pass"),
+        )
+    ]
+    model = models.mlp((4, 8, 8, 3))
+    model[4].weight.requires_grad_(False)
+    assert "not described, plain steps: 4.weight (not trained)" in str(GSGD(model).network)
+    assert str(trace(model).without(["4.weight"], "frozen")).endswith("not described, plain steps: 4.weight")

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import operator
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from itertools import chain
 from typing import Any, TypeAlias, overload
 
 import numpy as np
 import torch
+from array_api_compat import array_namespace
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
@@ -26,7 +25,9 @@ from gsgd.torch.trace import trace
 
 Params: TypeAlias = nn.Module | Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]]
 Closure: TypeAlias = Callable[[], Any]
+Tensors: TypeAlias = list[Tensor | None]
 
+_EXPECTED = "params: expected the model itself, or named parameters (model.named_parameters()) and network="
 _ANCHOR = ("in_edges", "out_edges", "in_weights", "out_weights", "c")
 
 
@@ -63,64 +64,84 @@ def named_network(
         if network is None:
             network = trace(model, example_inputs, residual=residual, batch_norm=batch_norm)
     if network is None:
-        raise ValueError("network: expected a gsgd.Network, or a module as the first argument")
+        raise ValueError(_EXPECTED)
+    if not isinstance(network, Network):
+        raise TypeError(f"network: expected a gsgd.Network, got {type(network).__name__}")
     return params, network
 
 
-def _followers(net: Network) -> set[str]:
-    """The parameters that follow a unit which is rescaled, even where they have no gradient."""
-    return {b.name for b in net.blocks if (b.cols >= 0).any()}
+class _Engine:
+    """The parameters in the order of `tensors`, with tensors that share their memory as it is now."""
+
+    def __init__(self, net: Network, tensors: Mapping[str, Tensor]) -> None:
+        self.net = net
+        self.names = list(tensors)
+        self.params = list(tensors.values())
+        self.aliases = [p.detach() for p in self.params]
+        # these follow a unit which is rescaled, even where they have no gradient
+        follow = {b.name for b in net.blocks if (b.cols >= 0).any()}
+        self.following = [name in follow for name in tensors]
+        self.has_warned = False
+
+    def is_current(self) -> bool:
+        """Whether the parameters still have the same storage, offset, shape and strides."""
+        return all(map(Tensor.is_set_to, self.params, self.aliases))
+
+    def checked(self, gradients: Tensors) -> Tensors:
+        """Gradients that are dense, and of their parameters' dtypes and shapes."""
+        for name, p, g in zip(self.names, self.params, gradients, strict=True):
+            if g is None:
+                continue
+            if g.layout is not torch.strided or g.dtype != p.dtype:
+                got = g.dtype if g.layout is torch.strided else "a sparse one"
+                raise TypeError(f"gradient of {name!r}: expected a dense tensor of {p.dtype}, got {got}")
+            if g.shape != p.shape:
+                raise ValueError(f"gradient of {name!r}: expected shape {tuple(p.shape)}, got {tuple(g.shape)}")
+        return gradients
 
 
-class _CoreEngine:
+class _CoreEngine(_Engine):
     """Steps by the C core, on NumPy views of CPU tensors that are made once."""
 
     def __init__(self, net: Network, anchor: _Anchor, tensors: Mapping[str, Tensor]) -> None:
-        self.net = net
-        self.tensors = tensors
-        self.aliases = [p.detach() for p in tensors.values()]
+        super().__init__(net, tensors)
         views = {name: alias.numpy() for name, alias in zip(tensors, self.aliases, strict=True)}
         self.arrays = check_parameters(views, net, others=True)
         self.weights = list(self.arrays.values())
-        self.layouts = [(p.stride(), p.dtype) for p in self.aliases]
-        follow = _followers(net)
-        self.following = [name in follow for name in tensors]
-        self.has_warned = False
+        self.layouts = [(p.stride(), p.shape, p.dtype) for p in self.aliases]
         self.plan, _ = make_plan(net, self.arrays, "c")
         self.trees = (anchor.in_edges, anchor.out_edges)
         self.plan.set_trees(*self.trees)
         self.plan.set_reference(anchor.in_weights, anchor.out_weights, anchor.c)
         self.approximates = any(b.batch_norm for b in net.blocks)
-        self.moments: list[tuple[Tensor | None, Tensor | None]] = []
-        self.views: list[list[NDArray[Any] | None]] = [[], []]
+        self.addresses: list[list[int | None]] = []
+        self.views: list[list[NDArray[Any] | None]] = []
         self.rows: list[tuple[float, ...]] = []
         self.which: list[int] = []
         self.rates = np.zeros((0, 0))
 
     def step(
         self,
-        gradients: list[Tensor | None],
-        moments: list[tuple[Tensor | None, Tensor | None]],
+        gradients: Tensors,
+        moments: tuple[Tensors, Tensors],
         rates: list[Rates],
         which: list[int],
         max_ratio: float,
         threads: int,
         stats: Stats,
     ) -> None:
-        found: list[Any]
         sums = None
         if self.approximates:
-            views = [None if g is None else g.numpy() for g in gradients]
-            found, sums = batch_norm_gradients(self.net, self.arrays, views)
-        else:  # an address will do where the gradient is laid out as the parameter
-            found = [
-                None if g is None else g.data_ptr() if (g.stride(), g.dtype) == layout else g.numpy()
-                for g, layout in zip(gradients, self.layouts, strict=True)
-            ]
-        known = chain.from_iterable(self.moments)
-        if not self.moments or any(map(operator.is_not, chain.from_iterable(moments), known)):
-            self.moments = moments
-            self.views = [[None if x is None else x.numpy() for x in pair] for pair in zip(*moments, strict=True)]
+            found, sums = batch_norm_gradients(self.net, self.arrays, self.as_arrays(gradients))
+        else:
+            try:
+                found = self.addresses_of(gradients)
+            except (RuntimeError, TypeError):  # a sparse tensor has no strides, NumPy no bfloat16
+                found = self.as_arrays(gradients)
+        addresses = [[None if x is None else x.data_ptr() for x in kind] for kind in moments]
+        if addresses != self.addresses:  # a view keeps its memory, so that no other tensor can have its address
+            self.addresses = addresses
+            self.views = [[None if x is None else x.detach().numpy() for x in kind] for kind in moments]
         rows = [r.row for r in rates]
         if rows != self.rows or which != self.which:
             self.rows, self.which = rows, which
@@ -128,33 +149,45 @@ class _CoreEngine:
         try:
             clamped = self.plan.step(self.weights, found, sums, *self.views, self.rates, max_ratio, threads)
         except FloatingPointError as error:
-            found = [None if g is None else g.numpy() for g in gradients]
-            raise FloatingPointError(explain(self.net, self.trees, self.arrays, found, error.args[0])) from None
+            seen = self.as_arrays(gradients)
+            raise FloatingPointError(explain(self.net, self.trees, self.arrays, seen, error.args[0])) from None
         # autograd did not see what was written
-        written = zip(self.tensors.values(), gradients, self.following, strict=True)
+        written = zip(self.params, gradients, self.following, strict=True)
         torch.autograd.graph.increment_version([p for p, g, follows in written if follows or g is not None])
         stats.steps += 1
         stats.clamped += clamped
 
+    def addresses_of(self, gradients: Tensors) -> list[Any]:
+        """An address will do where a gradient is laid out as its parameter."""
+        return [
+            None
+            if g is None
+            else g.data_ptr()
+            if g.stride() == stride and g.shape == shape and g.dtype is dtype
+            else g.numpy()
+            for g, (stride, shape, dtype) in zip(gradients, self.layouts, strict=True)
+        ]
 
-class _ArrayEngine:
+    def as_arrays(self, gradients: Tensors) -> list[NDArray[Any] | None]:
+        """NumPy views of gradients."""
+        return [None if g is None else g.numpy() for g in self.checked(gradients)]
+
+
+class _ArrayEngine(_Engine):
     """Steps by the three stages of gsgd.reference on the tensors' own device, without waiting for it.
 
     Where something is not finite nothing is written: telling the caller would mean waiting for the device.
     """
 
     def __init__(self, net: Network, anchor: _Anchor, tensors: Mapping[str, Tensor]) -> None:
-        if any(b.batch_norm for b in net.blocks):
-            raise ValueError("batch_norm 'paper' and 'released' are supported on the CPU only; use 'exact'")
-        self.tensors = tensors
-        self.aliases = [p.detach() for p in tensors.values()]
-        follow = _followers(net)
-        self.following = [name in follow for name in tensors]
-        self.has_warned = False
+        super().__init__(net, tensors)
+        self.arrays = dict(zip(tensors, self.aliases, strict=True))
         device = self.aliases[0].device
+        real = reference.real_type(array_namespace(*self.aliases), device)
 
         def asarray(x: NDArray[Any]) -> Tensor:
-            return torch.from_numpy(np.ascontiguousarray(x)).to(device)
+            t = torch.from_numpy(np.ascontiguousarray(x))
+            return (t.to(real) if t.is_floating_point() else t).to(device)
 
         number = {name: i for i, name in enumerate(tensors)}
         shaped = {name: np.empty(p.shape, dtype=np.float32) for name, p in tensors.items()}
@@ -168,29 +201,28 @@ class _ArrayEngine:
 
     def step(
         self,
-        gradients: list[Tensor | None],
-        moments: list[tuple[Tensor | None, Tensor | None]],
+        gradients: Tensors,
+        moments: tuple[Tensors, Tensors],
         rates: list[Rates],
         which: list[int],
         max_ratio: float,
         threads: int,
         stats: Stats,
     ) -> None:
-        weights = self.aliases
-        new, new_moments, solution = reference.step(
-            self.tables, self.scale, weights, gradients, gradients, moments, [rates[i] for i in which], max_ratio
+        found, sums = batch_norm_gradients(self.net, self.arrays, self.checked(gradients))
+        pairs = list(zip(*moments, strict=True))
+        new, new_pairs, solution = reference.step(
+            self.tables, self.scale, self.aliases, found, sums, pairs, [rates[i] for i in which], max_ratio
         )
-        finite = solution.finite
-        for g in gradients:
-            if g is not None:
-                finite = finite & torch.isfinite(g).all()
-        for p, value, g, follows in zip(self.tensors.values(), new, gradients, self.following, strict=True):
+        largest = nn.utils.get_total_norm([g for g in found if g is not None and g.numel()], torch.inf)
+        finite = solution.finite & torch.isfinite(largest)
+        for p, value, g, follows in zip(self.aliases, new, gradients, self.following, strict=True):
             if follows or g is not None:
-                p.copy_(torch.where(finite, value, p))
-        for pair, new_pair in zip(moments, new_moments, strict=True):
+                torch.where(finite, value, p, out=p)
+        for pair, new_pair in zip(pairs, new_pairs, strict=True):
             for moment, value in zip(pair, new_pair, strict=True):
                 if moment is not None and value is not None:
-                    moment.copy_(torch.where(finite, value, moment))
+                    torch.where(finite, value, moment, out=moment)
         stats.steps += 1
         stats.clamped = stats.clamped + torch.where(finite, solution.clamped, 0)  # type: ignore[assignment]
 
@@ -230,8 +262,12 @@ class _PathOptimizer(torch.optim.Optimizer):
             if name in tensors and tuple(tensors[name].shape) != network.shapes[name]:
                 expected, got = network.shapes[name], tuple(tensors[name].shape)
                 raise ValueError(f"parameter {name!r}: the network expects shape {expected}, got {got}")
+        if network.shapes and not network.shapes.keys() & tensors:
+            first, other = next(iter(network.shapes)), next(iter(tensors))
+            raise ValueError(f"params: expected names of the network, like {first!r}, got names like {other!r}")
         fixed = [n for n in network.shapes if n not in tensors or not tensors[n].requires_grad]
         self.network = network.without(fixed, "meets a parameter that is not trained") if fixed else network
+        self.network._reasons |= dict.fromkeys(fixed, "not trained")
         if not self.network.num_units:
             warnings.warn("no unit was found that can be rescaled: every step is a plain one", stacklevel=3)
         self._scale, self._rule = scale, rule
@@ -279,7 +315,7 @@ class _PathOptimizer(torch.optim.Optimizer):
         group = self.param_groups[-1]
         try:
             if "param_names" not in group:
-                raise ValueError("params: expected named parameters, as model.named_parameters() gives them")
+                raise ValueError(_EXPECTED)
             self.rates(group, 1)
             names = Counter(n for g in self.param_groups for n in g["param_names"])
             params = Counter(group["params"])
@@ -310,12 +346,11 @@ class _PathOptimizer(torch.optim.Optimizer):
 
     def _current_engine(self) -> _CoreEngine | _ArrayEngine:
         engine = self._engine
-        # of the same storage, offset, shape and strides
-        if engine is None or not all(map(Tensor.is_set_to, engine.tensors.values(), engine.aliases)):
+        if engine is None or not engine.is_current():
             engine = self._engine = self._make_engine(self._anchor)
             group_of = {p: i for i, g in enumerate(self.param_groups) for p in g["params"]}
-            self._group_of = [group_of[p] for p in engine.tensors.values()]
-            for p in engine.tensors.values():
+            self._group_of = [group_of[p] for p in engine.params]
+            for p in engine.params:
                 state = self.state.get(p, {})
                 state.update({n: state[n].to(p) for n in self.moments if state.get(n) is not None})
         return engine
@@ -337,10 +372,7 @@ class _PathOptimizer(torch.optim.Optimizer):
             return loss
         self._settle()
         engine = self._current_engine()
-        gradients = [p.grad for p in engine.tensors.values()]
-        for name, g in zip(engine.tensors, gradients, strict=True):
-            if g is not None and g.is_sparse:
-                raise TypeError(f"gradient of {name!r}: expected a dense tensor, got a sparse one")
+        gradients = [p.grad for p in engine.params]
         if any(g is None for g in gradients):
             self._warn_of_frozen(engine)
         maximize = [g["maximize"] for g in self.param_groups]
@@ -348,8 +380,11 @@ class _PathOptimizer(torch.optim.Optimizer):
             pairs = zip(gradients, self._group_of, strict=True)
             gradients = [-g if g is not None and maximize[i] else g for g, i in pairs]
         rates, which = self._rates(engine, gradients)
-        has = [(r.has_m, r.has_v) for r in rates]
-        moments = [self._moments(p, *has[i]) for p, i in zip(engine.tensors.values(), which, strict=True)]
+        first, second = self.moments
+        moments = (
+            self._moments(engine.params, first, [r.has_m for r in rates], which),
+            self._moments(engine.params, second, [r.has_v for r in rates], which),
+        )
         threads = usable_threads(self._threads or torch.get_num_threads())
         engine.step(gradients, moments, rates, which, self._max_ratio, threads, self._stats)
         self._seen = None
@@ -357,32 +392,30 @@ class _PathOptimizer(torch.optim.Optimizer):
 
     def _warn_of_frozen(self, engine: _CoreEngine | _ArrayEngine) -> None:
         """Once per engine: a parameter that was frozen after construction follows the units that it reads."""
-        for (name, p), follows in zip(engine.tensors.items(), engine.following, strict=True):
+        for name, p, follows in zip(engine.names, engine.params, engine.following, strict=True):
             if follows and not p.requires_grad and not engine.has_warned:
                 engine.has_warned = True
                 warnings.warn(
                     f"parameter {name!r} was frozen after the optimizer was made: it keeps its paths' values, not its "
                     "weights. Make a new optimizer to keep it as it is.",
-                    stacklevel=4,
+                    stacklevel=5,
                 )
 
-    def _rates(
-        self, engine: _CoreEngine | _ArrayEngine, gradients: list[Tensor | None]
-    ) -> tuple[list[Rates], list[int]]:
+    def _rates(self, engine: _CoreEngine | _ArrayEngine, gradients: Tensors) -> tuple[list[Rates], list[int]]:
         """Hyperparameters, and which of them are those of each parameter."""
         return [self.rates(g, 1) for g in self.param_groups], self._group_of
 
-    def _moments(self, p: Tensor, has_m: bool, has_v: bool) -> tuple[Tensor | None, Tensor | None]:
-        """First and second moment of a parameter, zero where they are new; None where there is none."""
-        first, second = self.moments
-        return self._moment(p, first) if has_m else None, self._moment(p, second) if has_v else None
-
-    def _moment(self, p: Tensor, name: str) -> Tensor:
-        state = self.state[p]
-        if state.get(name) is None:
-            state[name] = torch.zeros_like(p)
-        moment: Tensor = state[name]
-        return moment
+    def _moments(self, params: list[Tensor], name: str, has: list[bool], which: list[int]) -> Tensors:
+        """A moment of every parameter, zero where it is new; None where its hyperparameters want none."""
+        if not any(has):
+            return [None] * len(params)
+        state = self.state
+        moments: Tensors = [state[p].get(name) if has[i] else None for p, i in zip(params, which, strict=True)]
+        if any(x is None for x in moments):
+            for k, (p, i) in enumerate(zip(params, which, strict=True)):
+                if has[i] and moments[k] is None:
+                    moments[k] = state[p][name] = torch.zeros_like(p)
+        return moments
 
     # state
 
@@ -448,7 +481,8 @@ class GSGD(_PathOptimizer):
     Notes
     -----
     Float32 and float64 tensors on the CPU are updated by the C core in place, without copies, on the strides that
-    they have. Other tensors take the same step in array operations on their device.
+    they have. Other tensors take the same step in array operations on their device, for which `step` does not wait
+    (unless the learning rate is a tensor there).
 
     The skeleton and the reference scale are those of the weights at the first step. Where weights are replaced later
     than that (but for rescalings), make a new optimizer.
@@ -556,13 +590,11 @@ class GAdam(_PathOptimizer):
         more = (network, example_inputs, residual, batch_norm, scale, rule, max_ratio, threads)
         super().__init__(params, defaults, *more)
 
-    def _rates(
-        self, engine: _CoreEngine | _ArrayEngine, gradients: list[Tensor | None]
-    ) -> tuple[list[Rates], list[int]]:
+    def _rates(self, engine: _CoreEngine | _ArrayEngine, gradients: Tensors) -> tuple[list[Rates], list[int]]:
         """The bias corrections are of the number of steps that a parameter itself has taken."""
         place: dict[tuple[int, int], int] = {}
         which = []
-        for p, g, group in zip(engine.tensors.values(), gradients, self._group_of, strict=True):
+        for p, g, group in zip(engine.params, gradients, self._group_of, strict=True):
             state = self.state[p]
             state["step"] = int(state.get("step", 0)) + (g is not None)
             which.append(place.setdefault((group, max(1, state["step"])), len(place)))
@@ -647,7 +679,7 @@ class PathSGD(torch.optim.Optimizer):
         for group in self.param_groups:
             sgd(group["lr"], 0.0, False, 0.0)
             if "param_names" not in group:
-                raise ValueError("params: expected named parameters, as model.named_parameters() gives them")
+                raise ValueError(_EXPECTED)
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -661,13 +693,13 @@ class PathSGD(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         named = [(n, p, g["lr"]) for g in self.param_groups for n, p in zip(g["param_names"], g["params"], strict=True)]
-        kappa = path_kappa({n: p.detach().double().cpu().numpy() for n, p, _ in named}, self.network)
+        kappa = path_kappa({n: p.detach().cpu().double().numpy() for n, p, _ in named}, self.network)
         for name, p, lr in named:
             if p.grad is None:
                 continue
             step = p.grad
             if name in kappa:
-                k = torch.from_numpy(kappa[name]).to(p)
+                k = torch.from_numpy(kappa[name]).to(p.dtype).to(p.device)
                 step = torch.where(k > 0, p.grad / k, 0)
             p.sub_(lr * step)
         return loss

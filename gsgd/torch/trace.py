@@ -14,10 +14,13 @@ no observed operation made is an error.
 from __future__ import annotations
 
 import copy
+import dataclasses
+import random
 import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -76,8 +79,9 @@ def trace(
 
     Neither the model (weights, buffers, training flags) nor the random state changes. The forward pass is followed
     in training mode, without values. Anything that is not understood pins the units that meet it, and
-    ``print(net)`` shows the reason: the operation and the module. Parameters that are not described are left out of
-    the network; frozen ones (``requires_grad=False``) are described like others, since the symmetry holds.
+    ``print(net)`` shows the reason: the operation and the module. It also lists the parameters that are not described,
+    with what reads them; they are left out of the network. Frozen ones (``requires_grad=False``) are described like
+    others, since the symmetry holds.
 
     Parameters
     ----------
@@ -95,6 +99,8 @@ def trace(
     ValueError
         The forward pass cannot be followed: it fails on the inputs, it branches on a tensor's values, or a value is
         made out of sight (TorchScript, an extension). The message names the module and the operation.
+    TypeError
+        `model` is no module, or returns what can't be looked into.
 
     Notes
     -----
@@ -110,12 +116,18 @@ def trace(
     args, kwargs, reads = _count_reads(ghost, arguments(example_inputs) if example_inputs is not None else None)
     describe = _Describe(Network(), residual, batch_norm, parameters, reads)
     describe.follow(ghost, args, kwargs)
-    describe.net._others = tuple(name for name in names.values() if name not in describe.net.shapes)
-    return describe.net
+    net, alone = describe.net, set(parameters.values())
+    net._others = tuple(name for name in names.values() if name not in net.shapes)
+    for name in net._others:
+        read = describe.reasons.get(name, "not read by the forward pass")
+        net._reasons[name] = read if name in alone else "shares its memory with another"
+    return net
 
 
 def unwrap(model: nn.Module) -> tuple[nn.Module, dict[str, str]]:
     """The module inside DataParallel, DDP and torch.compile, and its parameters' names -> those of `model`."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     inner: Any = model
     while isinstance(inner, nn.DataParallel | nn.parallel.DistributedDataParallel) or hasattr(inner, "_orig_mod"):
         inner = inner._orig_mod if hasattr(inner, "_orig_mod") else inner.module
@@ -151,17 +163,43 @@ def arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return tuple(example_inputs) if isinstance(example_inputs, tuple | list) else (example_inputs,), {}
 
 
+@contextmanager
+def kept_random_states() -> Iterator[None]:
+    """What is drawn inside leaves torch's and Python's states as they were."""
+    state = random.getstate()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            yield
+    finally:
+        random.setstate(state)
+
+
 def output_tensors(out: Any) -> list[Tensor]:
     """The tensors of real or complex numbers in what a model returns."""
-    leaves = tree_leaves(out)
-    for leaf in leaves:
-        if not isinstance(leaf, Tensor | bool | int | float | str | None):
-            raise ValueError(f"the model returns a {type(leaf).__name__}: expected tensors, tuples, lists and dicts")
-    return [leaf for leaf in leaves if isinstance(leaf, Tensor) and _continuous(leaf)]
+    tensors = []
+    for leaf in tree_leaves(out):
+        if isinstance(leaf, Tensor):
+            tensors += [leaf] if _continuous(leaf) else []
+        elif isinstance(leaf, Mapping):
+            tensors += output_tensors(list(leaf.values()))
+        elif dataclasses.is_dataclass(leaf):
+            tensors += output_tensors([getattr(leaf, field.name) for field in dataclasses.fields(leaf)])
+        elif hasattr(leaf, "to_tuple"):
+            tensors += output_tensors(leaf.to_tuple())
+        elif not isinstance(leaf, bool | int | float | str | None):
+            raise TypeError(
+                f"the model returns a {type(leaf).__name__}, which can't be looked into: expected tensors, or tuples, "
+                "lists, dicts and dataclasses of them. Wrap the model in a module that returns such"
+            )
+    return tensors
 
 
 def _ghost(model: nn.Module, names: Mapping[str, str]) -> tuple[nn.Module, dict[int, str]]:
     """A copy of `model` without values, in training mode, and the names of its parameters by identity."""
+    for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            where = f"module {name!r}" if name else "the model"
+            raise ValueError(f"{where} is compiled by TorchScript, and can't be seen into")
     # integers keep their values: they are indices, such as a fixed permutation of channels
     ghost = copy_model(model, lambda t: t.to("meta") if _continuous(t) else t.to("cpu", copy=True)).train()
     places = Counter(p.data_ptr() for p in model.parameters() if p.data_ptr())
@@ -179,6 +217,8 @@ def _count_reads(
         try:
             mode.follow(ghost, args, kwargs)
         except ValueError as error:
+            if _asks_for_values(error.__cause__):  # other inputs would not help
+                raise
             failure = failure or error
         else:
             return args, kwargs, mode.reads
@@ -186,6 +226,10 @@ def _count_reads(
         raise failure
     reason = f" (the first that was tried: {failure})" if failure else ""
     raise ValueError(f"no input was found on which the model runs: pass example_inputs{reason}") from failure
+
+
+def _asks_for_values(error: BaseException | None) -> bool:
+    return re.search(r"(?<![a-z])meta(?![a-z])", str(error), re.IGNORECASE) is not None
 
 
 def _guesses(model: nn.Module) -> Iterator[tuple[tuple[Tensor], dict[str, Any]]]:
@@ -202,8 +246,14 @@ def _guesses(model: nn.Module) -> Iterator[tuple[tuple[Tensor], dict[str, Any]]]
 
 
 def _name(func: Callable[..., Any]) -> str:
+    """A name for torch's own functions; others', with their module, are none that is known here."""
+    if isinstance(func, torch._ops.OpOverloadPacket | torch._ops.OpOverload):
+        return str(func)
     name: str = getattr(func, "__name__", repr(func))
-    return func.__self__.__name__ if name == "__get__" else name  # type: ignore[attr-defined]  # a property
+    if name == "__get__":  # a property
+        return func.__self__.__name__  # type: ignore[attr-defined, no-any-return]
+    module = getattr(func, "__module__", None) or "torch"
+    return name if module.partition(".")[0] == "torch" else f"{module}.{name}"
 
 
 def _call(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
@@ -239,17 +289,18 @@ class _Follow(TorchFunctionMode):
         self.current = ""
         for name, module in model.named_modules():
             self.enter(_own_tensors(module))
-            if isinstance(module, torch.jit.ScriptModule):
-                raise ValueError(f"module {name!r} is compiled by TorchScript, and can't be seen into")
             module.register_forward_pre_hook(lambda _module, _args, name=name: self.path.append(name))
             module.register_forward_hook(self._leave)
         args, kwargs = tree_map_only(Tensor, self.start, (args, kwargs))
         try:
-            with torch.random.fork_rng(devices=[]), torch.enable_grad(), torch.compiler.set_stance("force_eager"), self:
+            with kept_random_states(), torch.enable_grad(), torch.compiler.set_stance("force_eager"), self:
                 out = model(*args, **kwargs)
         except Exception as error:
             where = self.current or "the arguments of forward"
-            raise ValueError(f"the model can't be followed, at {where}: {type(error).__name__}: {error}") from error
+            message = f"the model can't be followed, at {where}: {type(error).__name__}: {error}"
+            if _asks_for_values(error):
+                message += " (a tensor's values are asked for; describe such a network by hand)"
+            raise ValueError(message) from error
         self.finish(model, output_tensors(out))
 
     def _leave(self, *_: Any) -> None:
@@ -305,6 +356,7 @@ class _Describe(_Follow):
         self.parameters, self.reads = parameters, reads
         self.constant = int(net.input(1, "constant").per_feature[0])
         self.known: dict[int, tuple[Tensor, Tensor]] = {}  # id -> the value, kept alive, and its nodes
+        self.reasons: dict[str, str] = {}  # of parameters: what reads them first
 
     # values
 
@@ -387,6 +439,7 @@ class _Describe(_Follow):
     def see(self, func: Callable[..., Any], args: Any, kwargs: Any, out: Any) -> None:
         reads = [t for t in _tensors((args, kwargs)) if _continuous(t)]
         results = [t for t in _tensors(out) if _continuous(t)]
+        reason = self.current
         try:
             if not torch.is_grad_enabled():
                 raise _NotUnderstood("without gradients")
@@ -402,6 +455,9 @@ class _Describe(_Follow):
                 self.pin(self.nodes(t), reason)
             node = int(self.net.input(1, reason).per_feature[0]) if reads and results else self.constant
             nodes = [_scalar(node).expand(t.shape) for t in results]
+        for t in reads:
+            if id(t) in self.parameters:
+                self.reasons.setdefault(self.parameters[id(t)], reason)
         for t, n in zip(results, nodes, strict=True):
             self.know(t, n)
         for t in _tensors(out):
@@ -520,8 +576,8 @@ class _Describe(_Follow):
         args, kwargs = tree_map_only(Tensor, lambda t: self.nodes(t) if _continuous(t) else t, (args, kwargs))
         try:
             return func(*args, **kwargs)
-        except RuntimeError as error:
-            raise _NotUnderstood(str(error)) from error
+        except RuntimeError as error:  # another function of the same name
+            raise _NotUnderstood from error
 
     def pool(self, x: Tensor, spatial: int, shape: torch.Size) -> Tensor:
         nodes = self.nodes(x)

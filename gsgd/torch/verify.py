@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+import random
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -11,11 +13,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
 from gsgd.network import Network
 from gsgd.symmetry import Arrays, Probe, check, perturbed
-from gsgd.torch.trace import arguments, copy_model, output_tensors, unwrap
+from gsgd.torch.trace import arguments, copy_model, kept_random_states, output_tensors, unwrap
 
 
 def verify(
@@ -37,7 +40,7 @@ def verify(
     example_inputs : tensor, tuple of positional or dict of keyword arguments
         Inputs with values; a batch that batch normalization accepts.
     seed : int
-        Of the factors and the functional.
+        Of the factors, the functional, and the random numbers of the model (torch's and Python's).
 
     Raises
     ------
@@ -45,8 +48,10 @@ def verify(
         It names the layers whose units break the symmetry, and how much.
     ValueError
         `net` names parameters that the model lacks, or of another shape; it is an approximation ("paper",
-        "released"); or the model's outputs are not finite.
+        "released"); the model does not run in float64 on the CPU; or its outputs are not finite.
     """
+    if not isinstance(net, Network):
+        raise TypeError(f"net: expected a gsgd.Network, got {type(net).__name__}")
     copied = _Copy(model, example_inputs, seed)
     parameters = dict(copied.model.named_parameters())
     weights = perturbed(net, {outer: parameters[name].detach() for outer, name in copied.inner.items()}, seed)
@@ -65,16 +70,25 @@ class _Copy:
         self.inputs = arguments(example_inputs)
 
     def run(self, weights: Arrays, training: bool) -> tuple[nn.Module, list[Tensor]]:
-        """A copy with `weights`, and what it returns; dropout is the same in every call, and buffers keep their values.
+        """A copy with `weights`, and what it returns; random numbers are the same in every call, buffers keep values.
 
         A copy, since backward may run a part of the module again (activation checkpointing).
         """
         model = copy.deepcopy(self.model).train(training)
         model.load_state_dict({self.inner[n]: torch.as_tensor(w) for n, w in weights.items()}, strict=False)
-        args, kwargs = tree_map_only(Tensor, _double, self.inputs)
-        with torch.random.fork_rng(devices=[]), torch.compiler.set_stance("force_eager"):
+        with kept_random_states(), torch.compiler.set_stance("force_eager"), _in_double():
             torch.manual_seed(self.seed)
-            return model, output_tensors(model(*args, **kwargs))
+            random.seed(self.seed)
+            try:
+                args, kwargs = tree_map_only(Tensor, _double, self.inputs)
+                out = model(*args, **kwargs)
+            except Exception as error:
+                mode = "training" if training else "evaluation"
+                raise ValueError(
+                    f"a copy of the model does not run in float64 on the CPU, in {mode} ({type(error).__name__}: "
+                    f"{error}): give inputs that fit, and let it take dtypes and devices from these or its parameters"
+                ) from error
+        return model, output_tensors(out)
 
     def values(self, training: bool, weights: Arrays) -> list[NDArray[Any]]:
         """The outputs as NumPy arrays."""
@@ -84,16 +98,40 @@ class _Copy:
     def gradients(self, training: bool, weights: Arrays) -> Arrays:
         """Of a random linear functional of the outputs; 0 if they have none."""
         model, returned = self.run(weights, training)
-        random = torch.Generator().manual_seed(self.seed)
+        generator = torch.Generator().manual_seed(self.seed)
         outputs = [y for y in returned if y.requires_grad]
-        functional = [torch.randn(y.shape, generator=random, dtype=y.dtype) for y in outputs]
-        if not outputs:
-            return {n: np.zeros_like(w) for n, w in weights.items()}
+        functional = [torch.randn(y.shape, generator=generator, dtype=y.dtype) for y in outputs]
+        with _in_double():  # checkpointed parts run again
+            torch.autograd.backward(outputs, functional)
         parameters = dict(model.named_parameters())
-        tensors = [parameters[self.inner[n]] for n in weights]
-        found = torch.autograd.grad(outputs, tensors, functional, allow_unused=True, materialize_grads=True)
-        return {n: g.numpy() for n, g in zip(weights, found, strict=True)}
+        found = {n: parameters[self.inner[n]].grad for n in weights}
+        return {n: np.zeros_like(weights[n]) if g is None else g.numpy() for n, g in found.items()}
+
+
+class _Widen(TorchFunctionMode):
+    """Whatever type of real numbers a model asks for, it gets float64."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (Tensor.float, Tensor.half, Tensor.bfloat16):
+            func = Tensor.double
+        args, kwargs = tree_map_only(torch.dtype, _wide, (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+
+@contextmanager
+def _in_double() -> Iterator[None]:
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with _Widen():
+            yield
+    finally:
+        torch.set_default_dtype(default)
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype.is_floating_point else torch.complex128 if dtype.is_complex else dtype
 
 
 def _double(t: Tensor) -> Tensor:
-    return t.detach().to("cpu", torch.float64 if t.is_floating_point() else t.dtype, copy=True)
+    return t.detach().cpu().to(torch.float64 if t.is_floating_point() else t.dtype, copy=True)
