@@ -27,14 +27,15 @@ A loop that was written for Optax changes one line, the one that makes the optim
 True
 
 Parameters are any pytree. The network names its leaves by their key paths, joined by dots: "hidden.kernel" above,
-"layers.0.weight" in an Equinox module; see `gsgd.jax.names`. Leaves that the network does not mention take the plain
-steps of SGD, Adam or RMSProp; parameters that `optax.masked` or `optax.multi_transform` keeps from a transformation
-pin the units that they meet.
+"layers.0.weight" in an Equinox module, "linear.kernel.value" in the state of a Flax NNX one; see `gsgd.jax.names`.
+Leaves that the network does not mention take the plain steps of SGD, Adam or RMSProp; parameters that `optax.masked` or
+`optax.multi_transform` keeps from a transformation pin the units that they meet.
 
 An update is the difference of new and old weights, so these transformations belong at the end of `optax.chain`
 (clipping, before; nothing that changes updates, after) and `update` must be given `params`. Weights that never move
 (the skeleton's out-edges) have updates of exactly 0; at the others `params + updates` rounds once more than the step
-itself. Per-unit numbers are computed in float64 in JAX's x64 mode and in float32 without it.
+itself. Per-unit numbers are computed in float64 in JAX's x64 mode and in float32 without it, all else in the types of
+the parameters, bfloat16 included.
 
 Where a gradient or a path ratio is not finite, updates are 0 and the state stays as it is, its `count` included:
 raising an error would mean waiting for the device.
@@ -42,14 +43,19 @@ raising an error would mean waiting for the device.
 `init` chooses the skeleton by the weights' values, passing over exact zeros. Inside ``jax.jit`` and ``jax.vmap``
 (over seeds, say) it has no values: there the skeleton is the one of non-zero weights, the same for every seed, and the
 reference scale is found by a host callback, which raises an error if a skeleton weight turns out to be 0.
+
+The state can be pickled, and is a pytree of arrays for Orbax and ``flax.serialization``. These restore it into another
+state, of the same skeleton: that of `init` for the same network, rule and zeros among the weights. A state of another
+skeleton is an error there.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import jax
@@ -60,9 +66,10 @@ from numpy.typing import NDArray
 
 from gsgd import reference
 from gsgd.jax import names
-from gsgd.network import Network
+from gsgd.network import Network, plain_block
+from gsgd.optimizer import check_max_ratio
 from gsgd.rates import Rates, adam, rmsprop, sgd
-from gsgd.skeleton import Rule, Skeleton, make_plan
+from gsgd.skeleton import Rule, Skeleton, check_rule
 
 Array: TypeAlias = jax.Array
 Tree: TypeAlias = Any
@@ -71,13 +78,24 @@ Schedule: TypeAlias = Number | Callable[[Array], Number]
 ScaleName = Literal["balanced", "initial"]
 
 
-@jax.tree_util.register_static
 @dataclass(frozen=True)
 class Trees:
-    """The skeleton of a network: a part of the state that has no values, equal when its digest is."""
+    """The skeleton of a network, equal to others of the same digest: a part of the state that has no values."""
 
     digest: str
+    shapes: dict[str, tuple[int, ...]] = field(compare=False, repr=False)
     tables: reference.Tables = field(compare=False, repr=False)
+
+    def __str__(self) -> str:
+        return f"skeleton {self.digest}"
+
+
+class Reference(NamedTuple):
+    """The reference scale (method section 4): arrays of shape (H + 1,), with 1 at the end."""
+
+    in_weights: Array
+    out_weights: Array
+    c: Array
 
 
 class State(NamedTuple):
@@ -87,21 +105,18 @@ class State(NamedTuple):
     ----------
     count, clamped : int arrays
         Counts of steps taken, and of path ratios that were clamped.
-    in_weights, out_weights, c : arrays, shape (H + 1,)
-        The reference scale (method section 4), and 1 at the end.
+    reference : dict of one Trees to its Reference
+        As a key the skeleton is no leaf, but has a name: what restores arrays by their names into a state of another
+        skeleton (Orbax, Flax's serialization) finds none.
     m, v : pytrees like the parameters, or None
         First and second moments of the coordinates' gradients.
-    trees : Trees
     """
 
     count: Array  # type: ignore[assignment, unused-ignore]  # Optax's name, and a method of tuples
     clamped: Array
-    in_weights: Array
-    out_weights: Array
-    c: Array
+    reference: dict[Trees, Reference]
     m: Tree
     v: Tree
-    trees: Trees
 
 
 def gsgd(
@@ -123,7 +138,7 @@ def gsgd(
     network : Network
         Of parameters named by their key paths, see `gsgd.jax.names`.
     momentum, nesterov, weight_decay, scale, rule, max_ratio
-        See `gsgd.GSGD`. There is no scale "ones", which would overwrite weights.
+        See `gsgd.GSGD`. There is no scale "ones", which would overwrite weights; see `ones`.
 
     Raises
     ------
@@ -200,14 +215,35 @@ def grmsprop(
     return _transformation(learning_rate, network, rates, _is_set(momentum), True, scale, rule, max_ratio)
 
 
+def ones(params: Tree, network: Network) -> Tree:
+    """`params` with every skeleton weight 1: the paper's start (section 11.2).
+
+    A transformation can't overwrite weights in `init`. What ``gsgd.GSGD(params, network, lr, scale="ones")`` does is
+    ``gsgd.optax.gsgd(lr, network, scale="initial")`` from ``gsgd.optax.ones(params, network)``.
+
+    Parameters
+    ----------
+    params : pytree of arrays
+    network : Network
+        Of parameters named by their key paths; the skeleton is that of rule "modulo".
+    """
+    leaves, _, skeleton = _skeleton(params, network, "modulo", False)
+    masks = {name: np.zeros(np.shape(x), bool) for name, x in leaves.items()}
+    for edge in (*skeleton.in_edges, *skeleton.out_edges):
+        if edge is not None:
+            masks[edge[0]][edge[1]] = True
+    structure: Any = jax.tree.structure(params)
+    return structure.unflatten(jnp.where(masks[name], jnp.ones_like(x), x) for name, x in leaves.items())
+
+
 def _is_set(x: Number) -> bool:
     """Whether a hyperparameter may differ from 0: one that is injected may at any time."""
-    return not isinstance(x, int | float) or x != 0
+    return not isinstance(x, Real) or x != 0
 
 
 def _check(make: Callable[..., Rates], hyperparameters: Mapping[str, Any]) -> None:
     """Check those that are plain numbers: others have no values yet, or are schedules."""
-    make(**{name: x if isinstance(x, int | float) else 0.5 for name, x in hyperparameters.items()})
+    make(**{name: x if isinstance(x, Real) else 0.5 for name, x in hyperparameters.items()})
 
 
 def _transformation(
@@ -220,20 +256,21 @@ def _transformation(
     rule: Rule,
     max_ratio: Number,
 ) -> optax.GradientTransformation:
+    if not isinstance(network, Network):
+        raise TypeError(f"network: expected a gsgd.Network, got {type(network).__name__}")
     if scale not in ("balanced", "initial"):
-        raise ValueError(f"scale: expected 'balanced' or 'initial', got {scale!r}")
-    if rule not in ("modulo", "largest"):
-        raise ValueError(f"rule: expected 'modulo' or 'largest', got {rule!r}")
-    if isinstance(max_ratio, int | float) and not (math.isfinite(max_ratio) and max_ratio > 1):
-        raise ValueError(f"max_ratio: expected a finite number > 1, got {max_ratio!r}")
+        raise ValueError(f"scale: expected 'balanced', or 'initial' (for 'ones' from gsgd.optax.ones), got {scale!r}")
+    check_rule(rule)
+    if isinstance(max_ratio, Real):
+        check_max_ratio(float(max_ratio))
     if any(b.batch_norm for b in network.blocks):
         raise ValueError("batch_norm 'paper' and 'released' are not supported here; describe the network with 'exact'")
 
     def init(params: Tree) -> State:
-        trees, found = _anchor(params, network, scale, rule)
-        zeros = jax.tree.map(jnp.zeros_like, params)
-        none = jnp.zeros([], jnp.int32)
-        return State(none, none, *found, zeros if has_m else None, zeros if has_v else None, trees)
+        # no array twice: a loop may donate the state's buffers
+        count, clamped = jnp.zeros([], jnp.int32), jnp.zeros([], jnp.int32)
+        m, v = (jax.tree.map(jnp.zeros_like, params) if has else None for has in (has_m, has_v))
+        return State(count, clamped, _anchor(params, network, scale, rule), m, v)
 
     def update(updates: Tree, state: State, params: Tree = None) -> tuple[Tree, State]:
         if params is None:
@@ -242,11 +279,13 @@ def _transformation(
         structure: Any = jax.tree.structure(params)
         # None where the parameter takes no step of its own: its paths keep their values
         gradients = [None if g is None else jnp.asarray(g) for g in structure.flatten_up_to(updates)]
+        ((trees, scale),) = state.reference.items()
+        _check_shapes(trees, weights, gradients)
         moments = [[None] * len(weights) if x is None else structure.flatten_up_to(x) for x in (state.m, state.v)]
         lr = learning_rate(state.count) if callable(learning_rate) else learning_rate
         new, new_moments, solution = reference.step(
-            reference.convert(state.trees.tables, _constant),
-            reference.Scale(state.in_weights, state.out_weights, state.c),
+            reference.convert(trees.tables, _constant),
+            reference.Scale(*scale),
             weights,
             gradients,
             gradients,
@@ -288,27 +327,46 @@ def _constant(x: NDArray[Any]) -> Array:
     return jnp.arange(places.size).reshape(extents) == jnp.asarray(found)
 
 
-def _anchor(params: Tree, network: Network, scale: ScaleName, rule: Rule) -> tuple[Trees, tuple[Array, Array, Array]]:
-    """The skeleton and the reference scale of `params`."""
+def _check_shapes(trees: Trees, weights: Sequence[Array], gradients: Sequence[Array | None]) -> None:
+    """Parameters are those that `init` saw (where Flax NNX gives them other names), and gradients are theirs."""
+    if len(weights) != len(trees.shapes):
+        raise ValueError(f"params: expected {len(trees.shapes)} arrays, as in init, got {len(weights)}")
+    for (name, shape), w, g in zip(trees.shapes.items(), weights, gradients, strict=True):
+        if w.shape != shape:
+            raise ValueError(f"parameter {name!r}: expected shape {shape}, as in init, got {w.shape}")
+        if g is not None and g.shape != shape:
+            raise ValueError(f"gradient of {name!r}: expected shape {shape}, got {g.shape}")
+
+
+def _skeleton(params: Tree, network: Network, rule: Rule, balanced: bool) -> tuple[dict[str, Any], bool, Skeleton]:
+    """The leaves of `params` by name, whether they have no values yet, and their skeleton."""
     leaves = dict(zip(names(params), jax.tree.leaves(params), strict=True))
-    network = _restrict(network, params, leaves)
     for name, x in leaves.items():
-        if not jnp.issubdtype(jnp.result_type(x), jnp.floating):
-            raise TypeError(f"parameter {name!r}: expected floating point numbers, got {jnp.result_type(x)}")
+        kind = getattr(x, "dtype", type(x))
+        if not jnp.issubdtype(kind, jnp.floating):
+            raise TypeError(f"parameter {name!r}: expected floating point numbers, got {kind}")
+    network = _restrict(network, params, leaves)
     traced = any(isinstance(x, jax.core.Tracer) for x in leaves.values())
     if traced and rule == "largest":
         raise ValueError("rule 'largest' chooses by values: call init outside of jit and vmap")
     host = {n: np.ones(np.shape(x), np.float32) if traced else _on_host(x) for n, x in leaves.items()}
-    skeleton = Skeleton(network, host, rule, _scaled=scale == "balanced")
+    return leaves, traced, Skeleton(network, host, rule, _scaled=balanced)
 
-    _, blocks = make_plan(network, host, "reference")
-    number = {name: i for i, name in enumerate(leaves)}
+
+def _anchor(params: Tree, network: Network, scale: ScaleName, rule: Rule) -> dict[Trees, Reference]:
+    """The trees and the reference scale of `params`."""
+    leaves, traced, skeleton = _skeleton(params, network, rule, scale == "balanced")
+    skeleton.warn_of_pinned()
+    network, shapes = skeleton.net, {name: np.shape(x) for name, x in leaves.items()}
+    number = {name: i for i, name in enumerate(shapes)}
+    blocks = [*network.blocks, *(plain_block(n, s) for n, s in shapes.items() if n not in network.shapes)]
     tables = reference.tables(network.num_units, [(number[b.name], b) for b in blocks], *skeleton.edge_arrays)
-    digest = hashlib.sha256(repr(list(host)).encode())
+    digest = hashlib.sha256(repr(shapes).encode())
     for b in blocks:
         digest.update(repr((b.name, b.dims, b.start)).encode() + b.rows.tobytes() + b.cols.tobytes())
     for edges in skeleton.edge_arrays:
         digest.update(edges.tobytes())
+    trees = Trees(digest.hexdigest()[:32], shapes, tables)
     real = jnp.result_type(float)
 
     def reference_scale(*arrays: Any) -> list[NDArray[Any]]:
@@ -321,12 +379,32 @@ def _anchor(params: Tree, network: Network, scale: ScaleName, rule: Rule) -> tup
         return [np.append(x, 1.0).astype(real) for x in (*skeleton.tree_weights(values), c)]
 
     arrays = [leaves[name] for name in network.shapes]
-    if traced:
-        shape = jax.eval_shape(lambda: jnp.zeros(network.num_units + 1, real))
-        found = jax.pure_callback(reference_scale, [shape] * 3, *arrays, vmap_method="sequential")
-    else:
-        found = [jnp.asarray(x) for x in reference_scale(*arrays)]
-    return Trees(digest.hexdigest(), tables), found
+    found = _call_host(reference_scale, arrays, (network.num_units + 1,), real) if traced else reference_scale(*arrays)
+    return {trees: Reference(*map(jnp.asarray, found))}
+
+
+def _call_host(
+    function: Callable[..., list[NDArray[Any]]], arrays: Sequence[Array], shape: tuple[int, ...], dtype: Any
+) -> list[Array]:
+    """Three arrays that `function` makes of values of `arrays`, once there are any.
+
+    64-bit numbers travel as pairs of 32-bit ones: a callback's thread does not know of ``with jax.enable_x64(True)``.
+    """
+
+    def split(x: Any) -> Any:
+        return jax.lax.bitcast_convert_type(x, jnp.uint32) if x.dtype == jnp.float64 else x
+
+    def join(x: Any) -> NDArray[Any]:
+        a = np.asarray(x)
+        return a.view(np.float64)[..., 0] if a.dtype == np.uint32 else a
+
+    def on_host(*arrays: Any) -> list[NDArray[Any]]:
+        found = function(*map(join, arrays))
+        return [x.view(np.uint32).reshape(*shape, 2) if x.dtype == np.float64 else x for x in found]
+
+    kinds = [jax.eval_shape(lambda: split(jnp.zeros(shape, dtype)))] * 3
+    found = jax.pure_callback(on_host, kinds, *map(split, arrays), vmap_method="sequential")
+    return [jax.lax.bitcast_convert_type(x, dtype) for x in found]
 
 
 def _restrict(network: Network, params: Tree, leaves: Mapping[str, Any]) -> Network:

@@ -58,21 +58,6 @@ def test_rescaling_changes_nothing(backend: str, method: str, model: Model) -> N
     np.testing.assert_allclose(outputs(model, runs[0]), outputs(model, runs[1]), rtol=1e-6, atol=1e-8)
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_the_ordinary_methods_are_not_invariant(method: str) -> None:
-    model = mlp(5, 8, 3, 7, 4)
-    ends = []
-    for start in (model.copy(), rescaled(model)):
-        tensors = {n: torch.from_numpy(p) for n, p in start.items()}
-        opt = TORCH[method](list(tensors.values()))
-        for _ in range(50):
-            for name, g in model.gradients(start).items():
-                tensors[name].grad = torch.from_numpy(g)
-            opt.step()
-        ends.append(outputs(model, start))
-    assert np.abs(ends[0] - ends[1]).max() > 1e-3
-
-
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("method", METHODS)
 def test_without_units_it_is_the_framework_s_own(backend: str, method: str, dtype: type) -> None:
@@ -182,6 +167,34 @@ def test_pytorch_takes_the_same_steps(method: str, arrays: bool, monkeypatch: py
         other.step()
     for name, p in parameters:
         np.testing.assert_allclose(p.detach().numpy(), params[name], rtol=1e-9 if arrays else 0, atol=1e-12 * arrays)
+
+
+@pytest.mark.filterwarnings("ignore:no unit was found")
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("arrays", [False, True], ids=["core", "array operations"])
+def test_pytorch_is_invariant_as_its_own_are_not_and_equal_to_them_without_units(
+    method: str, arrays: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if arrays:
+        monkeypatch.setattr("gsgd.torch.optimizer._CoreEngine", gsgd.torch.optimizer._ArrayEngine)
+    model = residual_model()
+    starts = [model.params, rescaled(model)]
+
+    def train(make: Callable[[Any], torch.optim.Optimizer], start: Params) -> np.ndarray:
+        parameters = named(start)
+        views, opt = {name: p.detach().numpy() for name, p in parameters}, make(parameters)
+        for _ in range(50):
+            give(parameters, model.gradients(views))
+            opt.step()
+        return outputs(model, views)
+
+    ours = [train(lambda p: TORCH_METHODS[method](p, model.net), start) for start in starts]
+    plain = train(lambda p: TORCH_METHODS[method](p, gsgd.Network()), starts[0])
+    theirs = [train(lambda p: TORCH[method]([q for _, q in p]), start) for start in starts]
+    assert not np.allclose(ours[0], outputs(model, model.params), rtol=1e-2)
+    np.testing.assert_allclose(ours[0], ours[1], rtol=1e-6, atol=1e-8)
+    np.testing.assert_allclose(plain, theirs[0], rtol=1e-9, atol=1e-11)
+    assert not np.allclose(theirs[0], theirs[1], atol=1e-3)
 
 
 def zip_names(opt: torch.optim.Optimizer) -> list[tuple[str, torch.nn.Parameter]]:

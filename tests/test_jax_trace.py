@@ -94,8 +94,8 @@ def test_a_residual_network_of_images_is_what_one_would_write() -> None:
 
 def first_channels(p: Params, x: Any) -> Any:
     h = jax.nn.relu(x @ p["w1"])
-    a, b = jnp.split(h, 2, axis=1)
-    shuffled = h.reshape(-1, 2, 3).transpose(0, 2, 1).reshape(-1, 6)
+    a, b = jnp.unstack(h.reshape(-1, 2, 3), axis=1)
+    shuffled = jnp.stack(jnp.split(h, 2, axis=1), axis=2).reshape(-1, 6)
     return jnp.concatenate([a, 2 * b, -shuffled[:, 1:3]], axis=1) @ p["w2"]
 
 
@@ -149,6 +149,17 @@ CASES: dict[str, tuple[Apply, Params, Any, int]] = {
         images(2, 3, 3),
         4,
     ),
+    "up-sampling, and the last position": (
+        lambda p, x: (
+            jax.image.resize(
+                jax.image.resize(jax.nn.relu(conv(x, p["w1"])), (2, 6, 6, 4), "nearest"), (2, 8, 8, 4), "linear"
+            )[:, -1, jnp.argmax(x[0, :, 0, 0])]
+            @ p["w2"]
+        ),
+        random(w1=(3, 3, 2, 4), w2=(4, 3)),
+        images(2, 3, 3),
+        4,
+    ),
     "maxout": (
         lambda p, x: (jnp.maximum((h := x @ p["w1"])[:, :3], h[:, 3:]) + p["b"]) @ p["w2"],
         random(w1=(3, 6), b=(3,), w2=(3, 2)),
@@ -182,6 +193,32 @@ def test_what_is_understood(case: str) -> None:
     net = traced(apply, params, example)
     assert net.num_units == units
     assert net.shapes == {name: w.shape for name, w in params.items()}
+
+
+def attention(p: Params, x: Any) -> Any:
+    scores = jnp.einsum("bqc,bkc->bqk", x @ p["query"], x @ p["key"])
+    return jnp.einsum("bqk,bkc->bqc", jax.nn.softmax(scores), x @ p["value"]) @ p["out"]
+
+
+def test_attention_is_free_in_its_values_only() -> None:
+    params = random(query=(3, 4), key=(3, 4), value=(3, 6), out=(6, 2))
+    net = traced(attention, params, images(2, 5, channels=3))
+    assert net.shapes == {name: w.shape for name, w in params.items()}
+    assert net.num_units == 6
+    assert {unit.partition("[")[0] for unit in net.units} == {"value"}
+    assert "pinned (dot_general in bqc,bkc->bqk" in str(net)
+
+
+def test_arrays_that_are_closed_over_may_change() -> None:
+    """Running means are 0 at first: a layer before them is no more homogeneous for that."""
+    mean, params = jnp.zeros(6), random(w1=(3, 6), gamma=(6,), beta=(6,), w2=(6, 2))
+
+    def evaluate(p: Params, x: Any) -> Any:
+        return jax.nn.relu((x @ p["w1"] - mean) * p["gamma"] + p["beta"]) @ p["w2"]
+
+    net = traced(evaluate, params, images(4, channels=3))
+    assert net.num_units == 6
+    assert {unit.partition("[")[0] for unit in net.units} == {"gamma"}
 
 
 TWO = random(w1=(3, 4), w2=(4, 4), w3=(4, 2))
@@ -221,6 +258,14 @@ def test_what_is_not_understood_is_pinned(
     assert net.shapes.keys() == described
     assert net.num_units == units
     assert reason in " ".join(net.pins.values())
+
+
+def test_names() -> None:
+    with pytest.raises(ValueError, match="two parameters are named"):
+        gjax.names({"a.b": 1.0, "a": {"b": 2.0}})
+    params = {**random(w1=(3, 4), w2=(4, 2)), "slope": 0.5}
+    net = traced(lambda p, x: jax.nn.leaky_relu(x @ p["w1"], p["slope"]) @ p["w2"], params, images(4, channels=3))
+    assert str(net).endswith("not described, plain steps: slope")
 
 
 def test_a_wrong_network_is_caught() -> None:
@@ -296,4 +341,5 @@ def test_equinox() -> None:
     assert net.num_units == 4 + 5
     gopt = pytest.importorskip("gsgd.optax", reason="Optax is not installed")
     state = gopt.gsgd(0.1, net).init(params)
-    assert state.c.shape == (4 + 5 + 1,)
+    (scale,) = state.reference.values()
+    assert scale.c.shape == (4 + 5 + 1,)

@@ -27,18 +27,13 @@ from gsgd.network import Features, Network, Residual, segment
 
 Nodes = NDArray[np.int64]
 
-# fmt: off
 # f(c x) = c f(x) for c > 0, element by element
-HOMOGENEOUS = {"abs", "copy", "copy_p", "neg", "optimization_barrier", "reduce_precision", "sharding_constraint"}
+HOMOGENEOUS = {"abs", "copy", "neg", "optimization_barrier", "reduce_precision", "sharding_constraint"}
 COMPARING = {"eq", "ge", "gt", "le", "lt", "ne"}
 POOLING = {"reduce_window_max", "reduce_window_min", "reduce_window_sum"}
 REDUCING = {"reduce_max", "reduce_min", "reduce_sum"}
 # what is computed is computed by a jaxpr among the parameters
-CALLING = {
-    "checkpoint", "closed_call", "core_call", "custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr", "jit",
-    "pjit", "remat", "remat2",
-}
-# fmt: on
+CALLING = {"checkpoint", "closed_call", "custom_jvp_call", "custom_vjp_call", "jit", "remat2"}
 
 
 class _NotUnderstood(Exception):
@@ -74,9 +69,19 @@ class _Step:
 
 
 def names(params: Any) -> list[str]:
-    """The names of the leaves of a pytree: their key paths, joined by dots."""
+    """The names of the leaves of a pytree: their key paths, joined by dots.
+
+    Raises
+    ------
+    ValueError
+        Two leaves have the same name, as in ``{"a.b": x, "a": {"b": y}}``.
+    """
     leaves, _ = jax.tree_util.tree_flatten_with_path(params)
-    return [jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in leaves]
+    found = [jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in leaves]
+    for name, count in Counter(found).items():
+        if count > 1:
+            raise ValueError(f"two parameters are named {name!r}")
+    return found
 
 
 def trace(apply: Callable[..., Any], params: Any, example: Any, residual: Residual = "tie") -> Network:
@@ -88,7 +93,9 @@ def trace(apply: Callable[..., Any], params: Any, example: Any, residual: Residu
     Parameters
     ----------
     apply : callable
-        A function of `params` and inputs, such as ``lambda p, x: model.apply({"params": p}, x)`` (Flax), or
+        A function of `params` and inputs, such as ``lambda p, x: model.apply({"params": p}, x)`` (Flax Linen),
+        ``lambda p, x: nnx.merge(graph, p, rest, copy=True)(x)`` (Flax NNX, after
+        ``graph, params, rest = nnx.split(model, nnx.Param, ...)``), or
         ``lambda p, x: jax.vmap(eqx.combine(p, static))(x)`` (Equinox). All that it returns is pinned. What it closes
         over is taken for constant.
     params : pytree of arrays
@@ -108,7 +115,7 @@ def trace(apply: Callable[..., Any], params: Any, example: Any, residual: Residu
     args = example if isinstance(example, tuple) else (example,)
     closed = jax.make_jaxpr(apply)(params, *args)
     describe = _Describe(residual)
-    describe.follow(closed, dict(zip(names(params), jax.tree.leaves(params), strict=True)))
+    describe.follow(closed, names(params))
     return describe.net
 
 
@@ -121,20 +128,21 @@ class _Describe:
         self.values: list[Nodes | _Weight] = []
         self.zeros: set[int] = set()  # values of which every element is known to be 0
 
-    def follow(self, closed: ClosedJaxpr, params: dict[str, Any]) -> None:
-        jaxpr = closed.jaxpr
-        inputs: list[Nodes | _Weight] = [_Weight(name, w.shape, tuple(range(w.ndim))) for name, w in params.items()]
+    def follow(self, closed: ClosedJaxpr, params: list[str]) -> None:
+        """Describe a function of these parameters and of inputs."""
+        shapes = [x.shape for x in closed.in_avals]
         given = int(self.net.input(1).per_feature[0])
-        inputs += [np.broadcast_to(given, x.shape) for x in closed.in_avals[len(inputs) :]]
-        arguments = [self.know(x) for x in inputs]
+        arguments = [self.know(_Weight(n, s, tuple(range(len(s))))) for n, s in zip(params, shapes, strict=False)]
+        arguments += [self.know(np.broadcast_to(given, s)) for s in shapes[len(params) :]]
         steps: list[_Step] = []
-        outputs = self.write_out(jaxpr, closed.consts, arguments, steps)
+        outputs = self.write_out(closed.jaxpr, closed.consts, arguments, steps)
         self.reads = Counter(i for step in steps for i in step.reads) + Counter(outputs)
         for step in steps:
             self.see(step)
         for i in outputs:
             self.pin(self.nodes(i), "network output")
         self.net._pin_unmet()
+        self.net._others = tuple(name for name in params if name not in self.net.shapes)
 
     # the jaxpr
 
@@ -143,8 +151,9 @@ class _Describe:
         return len(self.values) - 1
 
     def know_constant(self, value: Any) -> int:
+        """A number, or an array that the function closes over: a running mean, say, that is 0 only at first."""
         i = self.know(np.broadcast_to(self.constant, np.shape(value)))
-        if jnp.issubdtype(jnp.result_type(value), np.number) and not np.any(value):
+        if not np.shape(value) and jnp.issubdtype(jnp.result_type(value), np.number) and not np.any(value):
             self.zeros.add(i)
         return i
 
@@ -216,6 +225,14 @@ class _Describe:
             nodes = first
         return nodes
 
+    def one(self, nodes: Nodes, dims: Iterable[int], otherwise: str = "among features") -> Nodes:
+        """`nodes` with extent 1 along `dims`, which must be positions: one unit stands along them."""
+        for d in dims:
+            if nodes.strides[d] and nodes.shape[d] > 1:
+                raise _NotUnderstood(otherwise)
+            nodes = nodes[(slice(None),) * d + (slice(0, 1),)]
+        return nodes
+
     def read(self, nodes: Nodes, dim: int) -> Nodes:
         """The nodes along `dim`, for a layer whose weights meet all that stands along the other dimensions."""
         return self.collapse(nodes, (d for d in range(nodes.ndim) if d != dim)).reshape(-1)
@@ -253,6 +270,13 @@ class _Describe:
             return self.passed(step)
         if name in REARRANGING:
             return self.rearranged(step)
+        if name == "dynamic_slice":
+            sizes = options["slice_sizes"]
+            nodes = self.nodes(reads[0])
+            nodes = self.one(nodes, [d for d, n in enumerate(sizes) if n != nodes.shape[d]])
+            return [np.broadcast_to(nodes, shape)]
+        if name == "gather":
+            return [self.gather(shape, reads[0], **options)]
         if name == "pad":
             return [self.pad(shape, *reads, **options)]
         if name in POOLING:
@@ -281,13 +305,43 @@ class _Describe:
         side = 0 if self.weight(x) is not None else 1
         w, read = self.weight((x, y)[side]), (x, y)[1 - side]
         if w is None or len(w.axes) != 2 or sorted(w.axes) != [0, 1] or len(contracted[0]) != 1 or batch[0]:
-            raise _NotUnderstood("not by a matrix of weights that is read once")
+            return self.weighted_sum(shape, (x, y), contracted, batch)
         nodes = self.read(self.nodes(read), contracted[1 - side][0])
         column = w.axes[contracted[side][0]]
         part = (nodes, 1, "channels_first") if self.pinned(nodes).all() else segment(nodes)
         layout = "io" if column == 0 else "oi"
         features = self.net.dense(w.name, Features(self.net, (part,)), w.shape[1 - column], layout=layout)
         return _along(features.per_feature, 0 if side == 0 else len(shape) - 1, shape)
+
+    def weighted_sum(self, shape: tuple[int, ...], factors: tuple[int, int], contracted: Any, batch: Any) -> Nodes:
+        """Sums over positions, weighted by what is pinned: interpolation, the values of attention."""
+        pinned = [bool(self.pinned(_compact(self.nodes(i))[0]).all()) for i in factors]
+        why = "not by a matrix of weights that is read once"
+        if pinned[0] == pinned[1]:
+            raise _NotUnderstood(why)
+        side = pinned.index(False)
+        batch, summed = batch[side], contracted[side]
+        nodes = self.one(self.nodes(factors[side]), summed, why)
+        free = [d for d in range(nodes.ndim) if d not in (*batch, *summed)]
+        first, last = ([nodes.shape[d] for d in dims] for dims in (batch, free))
+        others = [1] * (len(shape) - len(batch) - len(free))
+        nodes = nodes.transpose(*batch, *free, *summed)
+        return np.broadcast_to(nodes.reshape(first + (last + others if side == 0 else others + last)), shape)
+
+    def gather(
+        self, shape: tuple[int, ...], x: int, *, dimension_numbers: Any, slice_sizes: Any, fill_value: Any, **_: Any
+    ) -> Nodes:
+        """Some positions, or some examples of the batch."""
+        if fill_value and not math.isnan(fill_value):
+            raise _NotUnderstood(f"filled with {fill_value}")
+        nodes, dims = self.nodes(x), dimension_numbers
+        batch = dims.operand_batching_dims
+        nodes = self.one(nodes, [d for d, n in enumerate(slice_sizes) if n != nodes.shape[d] or d in batch])
+        window = [d for d in range(nodes.ndim) if d not in (*dims.collapsed_slice_dims, *batch)]
+        view = [1] * len(shape)
+        for d, of_operand in zip(dims.offset_dims, window, strict=True):
+            view[d] = nodes.shape[of_operand]
+        return np.broadcast_to(nodes.reshape(view), shape)
 
     def convolution(
         self,
@@ -331,12 +385,12 @@ class _Describe:
                 raise _NotUnderstood(f"to {value.dtype}")
             if i in self.zeros:
                 self.zeros.add(made)
-        keep = step.equation.primitive.name in ("convert_element_type", "copy", "copy_p")
+        keep = step.equation.primitive.name in ("convert_element_type", "copy")
         return [(self.weight(i) if keep else None) or self.nodes(i) for i in step.reads]
 
     def rearranged(self, step: _Step) -> list[Nodes | _Weight]:
         name, options = step.equation.primitive.name, step.equation.params
-        if len(step.reads) > 1 and name != "concatenate":  # shapes that are computed
+        if len(step.reads) > 1 and name not in ("concatenate", "stack"):  # shapes that are computed
             raise _NotUnderstood("of this form")
         if all(i in self.zeros for i in step.reads):
             self.zeros.update(step.makes)
@@ -487,8 +541,10 @@ REARRANGING: dict[str, Callable[[Sequence[Nodes], Any, tuple[int, ...]], Nodes |
     "slice": _sliced,
     "split": _split,
     "squeeze": lambda arrays, _, shape: arrays[0].reshape(shape),
+    "stack": lambda arrays, options, _: np.stack(arrays, axis=options["axis"]),
     "tile": lambda arrays, options, _: np.tile(arrays[0], options["reps"]),
     "transpose": lambda arrays, options, _: arrays[0].transpose(options["permutation"]),
+    "unstack": lambda arrays, options, _: list(np.moveaxis(arrays[0], options["axis"], 0)),
 }
 
 
