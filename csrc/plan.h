@@ -55,7 +55,7 @@ struct gsgd_plan {
     double *in0, *out0, *c;        /* the reference scale */
     double *in_w, *out_w;          /* weights of the tree edges; after solve, those to come */
     double *to_a, *to_b;           /* chain products relative to in0 and out0 */
-    double *a, *b, *inv_a, *inv_b; /* A and B of method section 4, and their inverses */
+    double *a, *b, *inv_a, *inv_b; /* A and B of METHOD.md, section 4, and their inverses */
     double *x, *inv_x;             /* A B and its inverse */
     double *sum, *ratio, *inv_rho; /* S and R by chain root, and 1 / rho */
     double *new_m, *new_v;         /* moments of in-edges after the step */

@@ -91,7 +91,7 @@ class Trees:
 
 
 class Reference(NamedTuple):
-    """The reference scale (method section 4): arrays of shape (H + 1,), with 1 at the end."""
+    """The reference scale (METHOD.md, section 4): arrays of shape (H + 1,), with 1 at the end."""
 
     in_weights: Array
     out_weights: Array

@@ -273,7 +273,7 @@ class GSGD(_PathOptimizer):
     lr : float
         Learning rate. Assign to it for a schedule.
     momentum, nesterov, weight_decay
-        As in SGD, on the coordinates x of method section 4. Weight decay acts on ordinary paths only: basis-path
+        As in SGD, on the coordinates x of METHOD.md, section 4. Weight decay acts on ordinary paths only: basis-path
         regularization (the paper's section 11.5).
     scale : {"balanced", "initial", "ones"}
         On what scale path values are measured. "balanced": that of the rescaling with the least sum of squares, so

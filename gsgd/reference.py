@@ -464,7 +464,7 @@ class Plan:
         return np.asarray((in_edges[:, 0] >= 0) & ~self._tables.chain[:-1])
 
     def set_reference(self, in_weights: Array, out_weights: Array, c: Array) -> None:
-        """Measure path values relative to these tree weights and scale (method section 4)."""
+        """Measure path values relative to these tree weights and scale (METHOD.md, section 4)."""
         self._scale = Scale(*(np.append(x, 1.0) for x in (in_weights, out_weights, c)))
 
     def step(

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from gsgd import _core, reference
 from gsgd.arrays import Arrays, as_array, check_gradients, check_parameters
 from gsgd.network import PINNED, Block, Network, Sum, plain_block
-from gsgd.paths import balanced_scale
+from gsgd.scale import balanced_scale
 
 Rule = Literal["modulo", "largest"]
 Backend = Literal["c", "reference"]

@@ -164,7 +164,7 @@ static int64_t source(const chain *c, gsgd_edge e, ptrdiff_t k) {
     return e.block % 2 ? -1 : c->ids[e.block / 2][k];
 }
 
-/* One step of method sections 2 and 3 by recursion, from the definitions, with the scale of ones. */
+/* One step of METHOD.md, sections 2 and 3, by recursion, from the definitions, with the scale of ones. */
 typedef struct {
     const chain *c;
     const buffers *w, *g;

@@ -18,8 +18,8 @@ def verify(apply: Callable[..., Any], params: Any, net: Network, example: Any, s
     """Check in float64 that `net` describes ``apply(params, *example)``.
 
     Every unit is rescaled by a random factor, log-uniform in [1/2, 2]: the outputs must stay the same. And for every
-    unit the sums of weight times gradient over its in-edges and over its out-edges must be equal (method section 2),
-    for a random linear functional of the outputs. Both are tried at weights a tenth away from `params`.
+    unit the sums of weight times gradient over its in-edges and over its out-edges must be equal, for a random linear
+    functional of the outputs (METHOD.md, section 2). Both are tried at weights a tenth away from `params`.
 
     Parameters
     ----------

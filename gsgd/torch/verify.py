@@ -28,7 +28,7 @@ def verify(
 
     Every unit is rescaled by a random factor, log-uniform in [1/2, 2]: the outputs must stay the same in evaluation
     and in training mode. And for every unit the sums of weight times gradient over its in-edges and over its
-    out-edges must be equal (method section 2), for a random linear functional of the outputs. Both are tried at
+    out-edges must be equal (METHOD.md, section 2), for a random linear functional of the outputs. Both are tried at
     weights a tenth away from the model's, for zeros (biases, zero-initialised gammas) would hide what is wrong.
 
     Parameters
