@@ -103,8 +103,9 @@ void gsgd_choose_trees(gsgd_plan *plan, const gsgd_array *weights, gsgd_rule rul
 gsgd_status gsgd_set_trees(gsgd_plan *plan, const gsgd_edge *in, const gsgd_edge *out, uint8_t *free_in,
                            int64_t *unit);
 
-/** Set the reference scale: the weights of in-edges and out-edges and the number c per unit, relative to
- * which path values are measured (all non-zero). Arrays of `units` entries. */
+/** After gsgd_set_trees (which gsgd_choose_trees undoes), set the reference scale: the weights of in-edges
+ * and out-edges and the number c per unit, relative to which path values are measured (all non-zero). Arrays
+ * of `units` entries. */
 void gsgd_set_reference(gsgd_plan *plan, const double *in, const double *out, const double *c);
 
 /** One step: gather, solve, apply. `weights` and the moments `m` and `v` are updated in place; data NULL:

@@ -9,8 +9,8 @@
 #include <omp.h>
 #endif
 
-/* A clock, where there are threads. */
-static inline double now(void) {
+/* Seconds, where there are threads. */
+static inline double clock_now(void) {
 #ifdef _OPENMP
     return omp_get_wtime();
 #else

@@ -51,17 +51,16 @@ struct gsgd_plan {
     uint8_t *active;     /* has edges */
     uint8_t *in_is_free; /* the in-edge is the source's out-edge */
     ptrdiff_t num_active;
-    int64_t *in_order, *out_order; /* active units: sources first, destinations first */
-    double *in0, *out0, *c;        /* the reference scale */
-    double *in_w, *out_w;          /* weights of the tree edges; after solve, those to come */
-    double *to_a, *to_b;           /* chain products relative to in0 and out0 */
-    double *a, *b, *inv_a, *inv_b; /* A and B of METHOD.md, section 4, and their inverses */
-    double *x, *inv_x;             /* A B and its inverse */
-    double *sum, *ratio, *inv_rho; /* S and R by chain root, and 1 / rho */
-    double *new_m, *new_v;         /* moments of in-edges after the step */
-    double *memory;                /* all of the above lies in here */
-    ptrdiff_t turn;                /* steps that might have had several threads */
-    double alone, credit;          /* seconds of a step in one thread; seconds that several threads saved */
+    int64_t *in_order, *out_order;    /* active units: sources first, destinations first */
+    double *in0, *out0, *c;           /* the reference scale */
+    double *in_w, *out_w;             /* weights of the tree edges; after solve, those to come */
+    double *to_a, *to_b;              /* chain products relative to in0 and out0 */
+    double *a, *b, *inv_a, *inv_b;    /* A and B of METHOD.md, section 4, and their inverses */
+    double *x, *inv_x;                /* A B and its inverse */
+    double *sum, *ratio, *inv_rho;    /* S and R by chain root, and 1 / rho */
+    double *new_m, *new_v;            /* moments of in-edges after the step */
+    double *memory;                   /* all of the above lies in here */
+    double alone, credit, unmeasured; /* seconds: see learn_what_pays */
 };
 
 /* Where an entry lies in a view. */

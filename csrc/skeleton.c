@@ -297,6 +297,7 @@ static int64_t sort_tree(const gsgd_plan *plan, const int64_t *next, int64_t *or
 gsgd_status gsgd_set_trees(gsgd_plan *plan, const gsgd_edge *in, const gsgd_edge *out, uint8_t *free_in,
                            int64_t *unit) {
     plan->num_active = 0;
+    plan->alone = plan->credit = plan->unmeasured = 0;
     for (int64_t u = 0; u < plan->units; ++u) {
         *unit = u;
         plan->active[u] = in[u].block >= 0;

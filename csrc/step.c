@@ -29,7 +29,6 @@ enum {
     LANES = 8,        /* columns summed side by side where rows are the fast dimension */
     TASK = 1 << 15,   /* entries that a thread takes at a time */
     SERIAL = 1 << 17, /* networks of fewer entries are not worth a second thread */
-    PROBE = 64,       /* of so many steps one is timed in one thread */
 };
 
 /* Column i of a block, i in C order over (group, column, taps), as an index with row 0. */
@@ -417,22 +416,28 @@ static ptrdiff_t plan_work(gsgd_plan *plan, const gsgd_array *weights, const gsg
 }
 
 /* Threads wait for each other, and one whose core another process has makes all others wait, for longer than
- * it would have saved. So several threads are used on credit: what they save is earned, what they cost is
- * spent, and steps in one thread earn a 32nd of their time for another try. Results do not depend on it. */
+ * it would have saved. So several threads are used on credit. Against the time of a step in one thread, their
+ * steps earn what they save and spend what they lose, and every step in one thread earns a 32nd of its time:
+ * enough for another try now and then. The time of a step in one thread is measured again after every 64 such
+ * times that several threads have had; it follows shorter times at once and longer ones slowly, which may be
+ * accidents. The limits of the credit are 32 steps to lose after good times, and 2^15 to wait after bad ones.
+ * Results never depend on any of this. */
 static int threads_that_pay(const gsgd_plan *plan, int most) {
-    return plan->credit < 0 || plan->turn % PROBE == 1 ? 1 : most;
+    return plan->credit < 0 || plan->unmeasured > 64 * plan->alone ? 1 : most;
 }
 
 static void learn_what_pays(gsgd_plan *plan, int threads, double seconds) {
     if (threads == 1) {
-        plan->alone = plan->alone > 0 && seconds > plan->alone ? (3 * plan->alone + seconds) / 4 : seconds;
+        double slower = fmin((3 * plan->alone + seconds) / 4, 1.25 * plan->alone);
+        plan->alone = plan->alone > 0 && seconds > plan->alone ? slower : seconds;
         plan->credit += seconds / 32;
-    } else if (plan->alone > 0) {
-        plan->credit += plan->alone - seconds;
+        plan->unmeasured = 0;
+    } else {
+        plan->unmeasured += seconds;
+        if (plan->alone > 0)
+            plan->credit += plan->alone - seconds;
     }
-    if (plan->credit > plan->alone)
-        plan->credit = plan->alone;
-    ++plan->turn;
+    plan->credit = fmax(-1024 * plan->alone, fmin(32 * plan->alone, plan->credit));
 }
 
 gsgd_status gsgd_step(gsgd_plan *plan, const gsgd_array *weights, const gsgd_array *gradients,
@@ -442,10 +447,10 @@ gsgd_status gsgd_step(gsgd_plan *plan, const gsgd_array *weights, const gsgd_arr
     int several = size >= SERIAL && options->threads > 1;
     job j = {
         .plan = plan, .options = options, .threads = several ? threads_that_pay(plan, options->threads) : 1};
-    double begin = several ? now() : 0;
+    double begin = several ? clock_now() : 0;
     run_parallel(j.threads, work, &j);
-    if (several)
-        learn_what_pays(plan, j.threads, now() - begin);
+    if (j.status == GSGD_OK && several)
+        learn_what_pays(plan, j.threads, clock_now() - begin);
     if (j.status == GSGD_OK)
         store_trees(plan);
     *clamped = j.clamped;

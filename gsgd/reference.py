@@ -299,6 +299,8 @@ def solve(
     r = xp.ones_like(x)
     for o in {id(o): o for o in rates}.values():
         mine = [i for i, own in enumerate(rates) if own is o and gradients[i] is not None]
+        if not mine:
+            continue
         here = t.chain & _among(xp, t.in_array, mine, len(rates))
         has_m = any(moments[i][0] is not None for i in mine)
         e, (new_m, new_v) = direction(xp, o, d, m if has_m else None, v)

@@ -35,7 +35,6 @@ def balanced_scale(blocks: Sequence[Block], arrays: Mapping[str, NDArray[Any]], 
     for k in reversed(range(len(blocks))):
         first[blocks[k].rows[blocks[k].rows >= 0]] = k
     layers, layer = np.unique(first, return_inverse=True)
-    layer = np.where(first == len(blocks), len(layers) - 1, layer)
     members = [np.flatnonzero(layer[:-1] == i) for i in range(len(layers) - 1)]
     writers: list[list[int]] = [[] for _ in layers]
     readers: list[list[int]] = [[] for _ in layers]
