@@ -6,14 +6,13 @@ Two families: four square layers that get wider, and layers of 256 by 256 that g
 from __future__ import annotations
 
 import argparse
-import statistics
 import time
 from collections.abc import Callable
 
 import numpy as np
 import torch
 from report import README, markdown, write_section
-from step import LR, mlp, normal
+from step import LR, mlp, normal, take_turn
 from tqdm import tqdm
 
 import gsgd
@@ -23,7 +22,7 @@ FAMILIES = {
     "layers of 256 x 256": [[256] * (depth + 1) for depth in (4, 15, 50, 153, 500)],
 }
 STAGES = ("describe", "construct", "check", "step")
-REPEATS = 5
+TURNS = 5
 
 
 def seconds(call: Callable[[], object]) -> float:
@@ -33,7 +32,7 @@ def seconds(call: Callable[[], object]) -> float:
 
 
 def measure(widths: list[int]) -> tuple[int, int, dict[str, float]]:
-    """Weights, units, and the seconds of each stage: a step's are the median of several, torch's SGD in between."""
+    """Weights, units, and the seconds of each stage; for a step the median of several turns, torch's SGD in between."""
     times: dict[str, float] = {}
     begin = time.perf_counter()
     net = mlp(*widths)
@@ -48,8 +47,8 @@ def measure(widths: list[int]) -> tuple[int, int, dict[str, float]]:
     for tensor, g in zip(tensors, gradients.values(), strict=True):
         tensor.grad = torch.from_numpy(g)
     sgd = torch.optim.SGD(tensors, lr=LR)
-    steps = [(seconds(lambda: optimizer.step(gradients)), seconds(sgd.step)) for _ in range(REPEATS + 1)][1:]
-    times["step"], times["SGD step"] = (statistics.median(column) for column in zip(*steps, strict=True))
+    turns = [(take_turn(lambda: optimizer.step(gradients)), take_turn(sgd.step)) for _ in range(TURNS)]
+    times["step"], times["SGD step"] = np.median(turns, axis=0).tolist()
     return net.num_weights, units, times
 
 
@@ -58,6 +57,7 @@ def main() -> None:
     parser.add_argument("--write", action="store_true", help="write the table to README.md and draw scaling.png")
     args = parser.parse_args()
     torch.set_num_threads(1)
+    measure([4] * 5)  # loads what is loaded once
     found = {name: [measure(w) for w in tqdm(family, name)] for name, family in FAMILIES.items()}
     rows = [
         [name, f"{m:,}", f"{units:,}", *(f"{t[s] * 1e3:,.3g}" for s in STAGES), f"{t['step'] / t['SGD step']:.2f}"]

@@ -32,6 +32,7 @@ from report import markdown, write_section
 from tqdm import tqdm
 
 import gsgd
+import gsgd.torch
 
 TURN = 0.01  # seconds that a contender is called for, when its turn comes
 MIN_ROUNDS = 5
@@ -114,7 +115,7 @@ TORCH: dict[str, Callable[[list[torch.Tensor]], torch.optim.Optimizer]] = {
     "Adam fused": partial(torch.optim.Adam, lr=LR, fused=True),
 }
 OTHERS = ("NumPy SGD", "optax SGD", "copy", "read")
-COLUMNS = ("G-SGD", "G-SGD m", *(name for name in TORCH if name != "SGD"), *OTHERS)
+COLUMNS = ("G-SGD", "G-SGD torch", "G-SGD m", *(name for name in TORCH if name != "SGD"), *OTHERS)
 
 
 def optional_module(name: str) -> Any:
@@ -160,9 +161,13 @@ def contenders(net: gsgd.Network, dtype: str) -> tuple[dict[str, Step], Callable
     for tensor, g in zip(tensors, gradients.values(), strict=True):
         tensor.grad = torch.from_numpy(g)
     optimizers = [gsgd.GSGD(weights, net, lr=LR, momentum=momentum) for momentum in (0.0, MOMENTUM)]
+    parameters = [(name, torch.nn.Parameter(t)) for name, t in zip(weights, tensors, strict=True)]
+    for (_, p), t in zip(parameters, tensors, strict=True):
+        p.grad = t.grad
     source, target = torch.ones(2, net.num_weights, dtype=tensors[0].dtype)
     steps: dict[str, Step] = {
         "G-SGD": partial(optimizers[0].step, gradients),
+        "G-SGD torch": gsgd.torch.GSGD(parameters, lr=LR, network=net).step,
         "G-SGD m": partial(optimizers[1].step, gradients),
         **{name: optimizer(tensors).step for name, optimizer in TORCH.items()},
         "NumPy SGD": partial(numpy_step, weights, gradients),

@@ -271,7 +271,10 @@ def gather(t: Tables, weights: Sequence[Array], sums: Sequence[Array | None]) ->
         if sums[b.array] is None or (b.block.cols == PINNED).all():  # of pinned sources no sum is needed
             columns.append(xp.zeros((b.block.extents[0] * b.block.extents[2],), dtype=real, device=where))
             continue
-        products = xp.astype(view(xp, b, weights) * view(xp, b, sums), real)
+        w, g = view(xp, b, weights), view(xp, b, sums)
+        if xp.finfo(w.dtype).bits < 32:  # products of float16 would underflow
+            w, g = xp.astype(w, real), xp.astype(g, real)
+        products = xp.astype(w * g, real)
         products = xp.where(b.free, xp.zeros_like(products), products)
         columns.append(xp.reshape(xp.sum(products, axis=(1, 3, 4, 5)), (-1,)))
     columns.append(xp.zeros((1,), dtype=real, device=where))
