@@ -44,6 +44,8 @@ raising an error would mean waiting for the device.
 (over seeds, say) it has no values: there the skeleton is the one of non-zero weights, the same for every seed, and the
 reference scale is found by a host callback, which raises an error if a skeleton weight turns out to be 0.
 
+`optax.tree_map_params` maps the moments as parameters; the reference scale it gives to ``transform_non_params`` whole.
+
 The state can be pickled, and is a pytree of arrays for Orbax and ``flax.serialization``. These restore it into another
 state, of the same skeleton: that of `init` for the same network, rule and zeros among the weights. A state of another
 skeleton is an error there.
@@ -53,6 +55,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Real
@@ -267,14 +270,21 @@ def _transformation(
         raise ValueError("batch_norm 'paper' and 'released' are not supported here; describe the network with 'exact'")
 
     def init(params: Tree) -> State:
+        anchor: Any = 0 if _is_placeholder(params) else _anchor(params, network, scale, rule)
         # no array twice: a loop may donate the state's buffers
         count, clamped = jnp.zeros([], jnp.int32), jnp.zeros([], jnp.int32)
         m, v = (jax.tree.map(jnp.zeros_like, params) if has else None for has in (has_m, has_v))
-        return State(count, clamped, _anchor(params, network, scale, rule), m, v)
+        return State(count, clamped, anchor, m, v)
 
     def update(updates: Tree, state: State, params: Tree = None) -> tuple[Tree, State]:
         if params is None:
             raise ValueError("expected params: tx.update(grads, state, params)")
+        wanted = "state: expected what this transformation's init returns"
+        if not isinstance(state, State):
+            raise TypeError(f"{wanted}, got {type(state).__name__}")
+        for name, has, moment in (("m", has_m, state.m), ("v", has_v, state.v)):
+            if has and moment is None:
+                raise TypeError(f"{wanted}, got one without moments {name}")
         weights = [jnp.asarray(w) for w in jax.tree.leaves(params)]
         structure: Any = jax.tree.structure(params)
         # None where the parameter takes no step of its own: its paths keep their values
@@ -358,6 +368,8 @@ def _anchor(params: Tree, network: Network, scale: ScaleName, rule: Rule) -> dic
     leaves, traced, skeleton = _skeleton(params, network, rule, scale == "balanced")
     skeleton.warn_of_pinned()
     network, shapes = skeleton.net, {name: np.shape(x) for name, x in leaves.items()}
+    if not network.num_units:
+        warnings.warn("no unit was found that can be rescaled: every step is a plain one", stacklevel=3)
     number = {name: i for i, name in enumerate(shapes)}
     blocks = [*network.blocks, *(plain_block(n, s) for n, s in shapes.items() if n not in network.shapes)]
     tables = reference.tables(network.num_units, [(number[b.name], b) for b in blocks], *skeleton.edge_arrays)
@@ -411,11 +423,16 @@ def _restrict(network: Network, params: Tree, leaves: Mapping[str, Any]) -> Netw
     """The network of the parameters that are there: those masked out pin what they meet, others must not be missing."""
     shown = jax.tree.map(lambda x: "masked" if _is_masked(x) else x, params, is_leaf=_is_masked)
     masked = [name for name, x in zip(names(shown), jax.tree.leaves(shown), strict=True) if isinstance(x, str)]
-    missing = [name for name in network.shapes if name not in leaves]
+    missing, others = [name for name in network.shapes if name not in leaves], ", ".join(leaves) or "none"
     for name in missing:
         if not any(name == m or name.startswith(f"{m}.") for m in masked):
-            raise ValueError(f"parameter {name!r} of the network is missing in params, which has {', '.join(leaves)}")
+            raise ValueError(f"parameter {name!r} of the network is missing in params, which has {others}")
     return network.without(missing, "meets a parameter of another transformation") if missing else network
+
+
+def _is_placeholder(params: Tree) -> bool:
+    """Whether they are what `optax.tree_map_params` puts in their place: a node of another kind, without leaves."""
+    return not isinstance(params, dict | list | tuple | None) and not jax.tree.leaves(params)
 
 
 def _is_masked(x: Any) -> bool:

@@ -172,6 +172,21 @@ CASES: dict[str, tuple[Apply, Params, Any, int]] = {
         images(4, channels=3),
         3,
     ),
+    "channels at constant places": (
+        lambda p, x: (
+            jnp.concatenate(
+                [
+                    (h := jax.nn.relu(x @ p["w1"]))[:, jnp.array([2, 0, -1])],
+                    jnp.take(h.reshape(-1, 2, 3), jnp.arange(3)[::-2], axis=2).reshape(-1, 4),
+                ],
+                axis=1,
+            )
+            @ p["w2"]
+        ),
+        random(w1=(3, 6), w2=(7, 2)),
+        images(4, channels=3),
+        4,
+    ),
     "one unit": (
         lambda p, x: jax.nn.relu(x @ p["w1"]) @ p["w2"],
         random(w1=(3, 1), w2=(1, 2)),
@@ -248,7 +263,14 @@ TWO = random(w1=(3, 4), w2=(4, 4), w3=(4, 2))
         (lambda p, x: jax.nn.relu(x @ p["w1"]) @ (p["w3"] / jnp.sum(p["w3"] ** 2)), TWO, {"w1"}, 0, "dot_general"),
         (lambda p, x: (h := x @ p["w1"]) * (h > 0) @ p["w3"], TWO, {"w1", "w3"}, 4, ""),
         (lambda p, x: (h := x @ p["w1"]) * h @ p["w3"], TWO, {"w1", "w3"}, 0, "mul"),
-        (lambda p, x: (x @ p["w1"])[:, jnp.array([1, 0, 3, 2])] @ p["w3"], TWO, {"w1", "w3"}, 0, "gather"),
+        (lambda p, x: (x @ p["w1"])[:, jnp.argsort(x[:, 0])] @ p["w3"], TWO, {"w1", "w3"}, 0, "gather"),
+        (
+            lambda p, x: jnp.take(x @ p["w1"], jnp.array([1, 0, 2, 4]), axis=1, mode="clip") @ p["w3"],
+            TWO,
+            {"w1", "w3"},
+            0,
+            "gather",
+        ),
     ],
 )
 def test_what_is_not_understood_is_pinned(
@@ -265,7 +287,25 @@ def test_names() -> None:
         gjax.names({"a.b": 1.0, "a": {"b": 2.0}})
     params = {**random(w1=(3, 4), w2=(4, 2)), "slope": 0.5}
     net = traced(lambda p, x: jax.nn.leaky_relu(x @ p["w1"], p["slope"]) @ p["w2"], params, images(4, channels=3))
-    assert str(net).endswith("not described, plain steps: slope")
+    assert str(net).endswith("not described, plain steps: slope (read by mul in the function)")
+
+
+def test_what_is_left_out_has_a_reason() -> None:
+    params = random(w1=(3, 4), square=(4, 4), scale=(4,), table=(5, 4), out=(4, 2), alone=(2, 3), unused=(3,))
+
+    def apply(p: Params, x: Any) -> Any:
+        h = jax.nn.relu(x @ p["w1"]) @ p["square"] @ p["square"]
+        return (h + p["table"][0] * jnp.tanh(p["scale"])) @ p["out"], p["alone"].T
+
+    net = traced(apply, params, images(4, channels=3))
+    assert net._reasons == {
+        "alone": "read by the output",
+        "scale": "read by tanh in the function",
+        "square": "read 2 times, first by dot_general in the function: not by a matrix of weights that is read once",
+        "table": "read by slice in the function",
+        "unused": "not read",
+    }
+    assert "not described, plain steps: scale (read by tanh in the function)" in str(net)
 
 
 def test_a_wrong_network_is_caught() -> None:
@@ -290,6 +330,11 @@ def test_a_wrong_network_is_caught() -> None:
     assert through.num_units == 4
     with pytest.raises(gjax.SymmetryError, match="gradients"):
         gjax.verify(lambda p, x: straight(x @ p["w1"]) @ p["w2"], two, through, images(4, channels=3))
+    without = jax.ShapeDtypeStruct((4, 3), jnp.float32)
+    with pytest.raises(TypeError, match=r"example: expected arrays with values, got jax.ShapeDtypeStruct"):
+        gjax.verify(first_channels, two, net, without)
+    with pytest.raises(TypeError, match=r"params: expected arrays with values, got jax.ShapeDtypeStruct"):
+        gjax.verify(first_channels, {**two, "w1": without}, net, images(4, channels=3))
     with pytest.raises(ValueError, match="conv2: the network describes"):
         gjax.verify(cnn, {**params, "conv2": params["conv1"][:1]}, net, images(4, 4, 4))
 

@@ -175,6 +175,7 @@ OPTAX: dict[str, tuple[Make, Make]] = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:no unit was found")
 @pytest.mark.parametrize("method", OPTAX)
 @pytest.mark.usefixtures("x64")
 def test_invariant_as_optax_is_not_and_equal_where_nothing_can_be_rescaled(method: str) -> None:
@@ -355,6 +356,7 @@ def test_schedules_and_what_optax_wraps_around() -> None:
         assert run._cache_size() == 1
 
 
+@pytest.mark.filterwarnings("ignore:no unit was found")
 @pytest.mark.usefixtures("x64")
 def test_parameters_of_another_transformation_pin_what_they_meet() -> None:
     net, params = chain(), start(jax.random.key(2))
@@ -406,6 +408,13 @@ def test_what_is_wrong_is_said() -> None:
     for wrong in (jnp.zeros(3, int), jax.nn.relu):
         with pytest.raises(TypeError, match="'3': expected floating point"):
             tx.init([*params, wrong])
+    with pytest.raises(ValueError, match=r"'0.kernel' of the network is missing in params, which has none"):
+        tx.init([])
+    with pytest.raises(TypeError, match="state: expected what this transformation's init returns, got tuple"):
+        tx.update(params, optax.sgd(0.1).init(params), params)
+    for other, moments in ((gopt.gsgd(0.1, net, momentum=0.9), "m"), (gopt.grmsprop(0.1, net), "v")):
+        with pytest.raises(TypeError, match=f"state: .*, got one without moments {moments}"):
+            other.update(params, tx.init(params), params)
     state = tx.init(params)
     with pytest.raises(ValueError, match="params: expected 6 arrays, as in init, got 7"):
         tx.update([*params, jnp.ones(3)], state, [*params, jnp.ones(3)])
@@ -426,6 +435,27 @@ def test_what_is_wrong_is_said() -> None:
     ):
         with pytest.raises(ValueError, match=next(iter(options))):
             gopt.gsgd(0.1, net, **options)
+
+
+def test_a_network_without_units_is_told_of() -> None:
+    params = start(jax.random.key(0))
+    with pytest.warns(UserWarning, match="no unit was found that can be rescaled") as caught:
+        gopt.gsgd(0.1, gsgd.Network()).init(params)
+    assert caught[0].filename == __file__
+
+
+def test_what_is_like_parameters_can_be_mapped() -> None:
+    """Partition specs of a state, say."""
+    tx, params = optax.masked(gopt.gadam(0.1, chain()), True), start(jax.random.key(0))
+    state, specs = tx.init(params), jax.tree.map(lambda w: w.shape, params)
+    found = optax.tree_utils.tree_map_params(tx, lambda m, w: m + w, state, params)
+    assert jax.tree.structure(found) == jax.tree.structure(state)
+    assert_close(found.inner_state.m, params)
+    jax.tree.map(np.testing.assert_array_equal, found.inner_state.reference, state.inner_state.reference)
+    mapped = optax.tree_utils.tree_map_params(
+        tx, lambda m, spec: spec, state, specs, transform_non_params=lambda _: "whole"
+    )
+    assert mapped.inner_state == gopt.State("whole", "whole", "whole", specs, specs)
 
 
 def test_zero_weights_need_an_init_with_values() -> None:

@@ -88,7 +88,8 @@ def trace(apply: Callable[..., Any], params: Any, example: Any, residual: Residu
     """Describe ``apply(params, *example)`` as a `gsgd.Network`, with parameters under their `names`.
 
     Nothing is computed. Anything that is not understood pins the units that meet it, and ``print(net)`` shows the
-    reason: the primitive, and the module if the framework names it. Parameters that are not described are left out.
+    reason: the primitive, and the module if the framework names it. Parameters that are not described are left out, and
+    listed with what reads them.
 
     Parameters
     ----------
@@ -127,6 +128,8 @@ class _Describe:
         self.constant = int(self.net.input(1, "constant").per_feature[0])
         self.values: list[Nodes | _Weight] = []
         self.zeros: set[int] = set()  # values of which every element is known to be 0
+        self.known: dict[int, NDArray[Any]] = {}  # values of constant integers: places in a gather
+        self.reasons: dict[str, str] = {}  # of parameters: what reads them first
 
     def follow(self, closed: ClosedJaxpr, params: list[str]) -> None:
         """Describe a function of these parameters and of inputs."""
@@ -140,9 +143,11 @@ class _Describe:
         for step in steps:
             self.see(step)
         for i in outputs:
+            self.ends(i, "the output")
             self.pin(self.nodes(i), "network output")
         self.net._pin_unmet()
         self.net._others = tuple(name for name in params if name not in self.net.shapes)
+        self.net._reasons = {name: self.reasons.get(name, "not read") for name in self.net._others}
 
     # the jaxpr
 
@@ -155,6 +160,8 @@ class _Describe:
         i = self.know(np.broadcast_to(self.constant, np.shape(value)))
         if not np.shape(value) and jnp.issubdtype(jnp.result_type(value), np.number) and not np.any(value):
             self.zeros.add(i)
+        if _counts(jnp.result_type(value)) and not isinstance(value, jax.core.Tracer):
+            self.known[i] = np.asarray(value)
         return i
 
     def write_out(self, jaxpr: Jaxpr, consts: Sequence[Any], arguments: Sequence[int], to: list[_Step]) -> list[int]:
@@ -191,6 +198,13 @@ class _Describe:
         """The parameter that can be described here: nothing else may read it."""
         value = self.values[i]
         return value if isinstance(value, _Weight) and self.reads[i] == 1 else None
+
+    def ends(self, i: int, reader: str) -> None:
+        """If value `i` is a parameter, it is one no more: `reader` describes it, or is the reason that nothing does."""
+        value, times = self.values[i], self.reads[i]
+        if isinstance(value, _Weight):
+            how = f"read {times} times, first by" if times > 1 else "read by"
+            self.reasons.setdefault(value.name, f"{how} {reader}")
 
     def vector(self, i: int) -> Nodes | None:
         """The nodes of a parameter that is described as edges from a pinned source: a bias, say."""
@@ -240,7 +254,7 @@ class _Describe:
     # primitives
 
     def see(self, step: _Step) -> None:
-        shapes = [value.shape for value in step.made]
+        shapes, reason = [value.shape for value in step.made], step.label
         try:
             made = self.describe(step)
         except _NotUnderstood as why:
@@ -251,12 +265,32 @@ class _Describe:
             free = all(self.is_constant(nodes) for nodes in reads)
             node = self.constant if free else int(self.net.input(1, reason).per_feature[0])
             made = [np.broadcast_to(node, shape) for shape in shapes]
+        if not any(isinstance(value, _Weight) for value in made):
+            for i in step.reads:
+                self.ends(i, reason)
         for i, value, shape in zip(step.makes, made, shapes, strict=True):
             if isinstance(value, _Weight):
                 self.values[i] = value
             else:
                 assert value.shape == shape, (step.label, value.shape, shape)
                 self.values[i] = _expanded(value)
+        self.compute(step)
+
+    def compute(self, step: _Step) -> None:
+        """What the step makes, if it is integers made of constant ones: places counted from the end, a range."""
+        name, options, made = step.equation.primitive.name, step.equation.params, step.made[0]
+        if len(step.makes) > 1 or not _counts(made.dtype) or any(i not in self.known for i in step.reads):
+            return
+        values = [self.known[i] for i in step.reads]
+        if name in REARRANGING:
+            found = REARRANGING[name](values, options, made.shape)
+        elif name in COUNTING:
+            found = COUNTING[name](*values)
+        elif name == "iota":
+            found = _along(np.arange(made.shape[options["dimension"]]), options["dimension"], made.shape)
+        else:
+            return
+        self.known[step.makes[0]] = np.asarray(found).astype(made.dtype)
 
     def describe(self, step: _Step) -> list[Nodes | _Weight]:
         """What the values that `step` makes are."""
@@ -276,7 +310,7 @@ class _Describe:
             nodes = self.one(nodes, [d for d, n in enumerate(sizes) if n != nodes.shape[d]])
             return [np.broadcast_to(nodes, shape)]
         if name == "gather":
-            return [self.gather(shape, reads[0], **options)]
+            return [self.gather(shape, *reads, **options)]
         if name == "pad":
             return [self.pad(shape, *reads, **options)]
         if name in POOLING:
@@ -329,19 +363,37 @@ class _Describe:
         return np.broadcast_to(nodes.reshape(first + (last + others if side == 0 else others + last)), shape)
 
     def gather(
-        self, shape: tuple[int, ...], x: int, *, dimension_numbers: Any, slice_sizes: Any, fill_value: Any, **_: Any
+        self,
+        shape: tuple[int, ...],
+        x: int,
+        indices: int,
+        *,
+        dimension_numbers: Any,
+        slice_sizes: Any,
+        fill_value: Any,
+        **_: Any,
     ) -> Nodes:
-        """Some positions, or some examples of the batch."""
+        """Features at constant places; at others some positions, or some examples of the batch."""
         if fill_value and not math.isnan(fill_value):
             raise _NotUnderstood(f"filled with {fill_value}")
-        nodes, dims = self.nodes(x), dimension_numbers
-        batch = dims.operand_batching_dims
-        nodes = self.one(nodes, [d for d, n in enumerate(slice_sizes) if n != nodes.shape[d] or d in batch])
+        nodes, dims, places = self.nodes(x), dimension_numbers, self.known.get(indices)
+        batch, moved = dims.operand_batching_dims, dims.start_index_map
+        last = [nodes.shape[d] - slice_sizes[d] for d in moved]
+        if places is None or batch or (places < 0).any() or (places > last).any():
+            places = None
+            nodes = self.one(nodes, [d for d, n in enumerate(slice_sizes) if n != nodes.shape[d] or d in batch])
+        nodes = _compact(nodes)[0]
         window = [d for d in range(nodes.ndim) if d not in (*dims.collapsed_slice_dims, *batch)]
-        view = [1] * len(shape)
-        for d, of_operand in zip(dims.offset_dims, window, strict=True):
-            view[d] = nodes.shape[of_operand]
-        return np.broadcast_to(nodes.reshape(view), shape)
+        offsets = dict(zip(window, dims.offset_dims, strict=True))
+        index = [np.zeros([1] * len(shape), np.int64) for _ in nodes.shape]
+        for d, n in enumerate(nodes.shape):
+            if n != 1 and places is not None and d in moved:
+                view = [1 if i in dims.offset_dims else extent for i, extent in enumerate(shape)]
+                index[d] = places[..., moved.index(d)].reshape(view)
+            if n != 1 and d in offsets:
+                view = [-1 if i == offsets[d] else 1 for i in range(len(shape))]
+                index[d] = index[d] + np.arange(slice_sizes[d]).reshape(view)
+        return np.broadcast_to(nodes[tuple(index)], shape)
 
     def convolution(
         self,
@@ -546,6 +598,22 @@ REARRANGING: dict[str, Callable[[Sequence[Nodes], Any, tuple[int, ...]], Nodes |
     "transpose": lambda arrays, options, _: arrays[0].transpose(options["permutation"]),
     "unstack": lambda arrays, options, _: list(np.moveaxis(arrays[0], options["axis"], 0)),
 }
+
+
+# integers that are made of others
+COUNTING: dict[str, Callable[..., NDArray[Any]]] = {
+    "add": np.add,
+    "convert_element_type": np.asarray,
+    "copy": np.asarray,
+    "lt": np.less,
+    "mul": np.multiply,
+    "select_n": lambda which, *cases: np.choose(which, cases),
+    "sub": np.subtract,
+}
+
+
+def _counts(dtype: Any) -> bool:
+    return any(jnp.issubdtype(dtype, kind) for kind in (np.integer, np.bool_))
 
 
 def _along(nodes: Nodes, dim: int, shape: tuple[int, ...]) -> Nodes:

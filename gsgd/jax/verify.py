@@ -37,7 +37,12 @@ def verify(apply: Callable[..., Any], params: Any, net: Network, example: Any, s
     ValueError
         `net` names parameters that are not in `params`, or of another shape; it is an approximation ("paper",
         "released"); or the outputs are not finite.
+    TypeError
+        `params` or `example` has no values.
     """
+    for argument, tree in (("params", params), ("example", example)):
+        if any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(tree)):
+            raise TypeError(f"{argument}: expected arrays with values, got jax.ShapeDtypeStruct")
     args = example if isinstance(example, tuple) else (example,)
     leaves: list[Any] = jax.tree.leaves(params)
     structure: Any = jax.tree.structure(params)
