@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves
 
 import gsgd
 import gsgd.torch.optimizer
-from gsgd.torch import GSGD, trace, verify
+from gsgd.torch import GSGD, GAdam, GRMSprop, trace, verify
 
 Weights = dict[str, Tensor]
 
@@ -456,6 +456,22 @@ def test_late_gradients(engine: str) -> None:
         assert not torch.allclose(p, w, rtol=1e-4)
 
 
+@pytest.mark.parametrize("kind", [GSGD, GAdam, GRMSprop])
+def test_a_group_without_gradients(engine: str, kind: Any) -> None:
+    model, net = Branches(), Branches.network()
+    groups: dict[bool, list[tuple[str, Tensor]]] = {False: [], True: []}
+    for name, p in model.named_parameters():
+        groups[name.startswith("right")].append((name, p))
+    opt = kind([{"params": groups[False]}, {"params": groups[True], "lr": 0.02}], lr=0.01, network=net)
+    skeleton = gsgd.Skeleton(net, views(model))
+    start, paths = weights(model), skeleton.path_values(views(model))
+    model(torch.ones(8, 4, dtype=torch.float64), both=False).square().mean().backward()
+    opt.step()
+    assert not any(torch.equal(p, start[name]) for name, p in groups[False])
+    for name, _ in groups[True]:
+        np.testing.assert_allclose(skeleton.path_values(views(model))[name], paths[name], rtol=1e-12)
+
+
 def test_frozen_layers(engine: str) -> None:
     model = Net()
     for name in ("layers.0", "bn1", "layers.1.0.conv2"):
@@ -875,7 +891,7 @@ def test_sparse_gradients_are_refused(engine: str) -> None:
     opt = GSGD(model, lr=0.1, momentum=0.9, example_inputs=torch.tensor([1, 2]))
     model(torch.tensor([1, 2])).sum().backward()
     before = weights(model)
-    with pytest.raises(TypeError, match=r"gradient of '0\.weight': expected a dense tensor"):
+    with pytest.raises(TypeError, match=r"gradient of '0\.weight': expected a dense tensor .*sparse=False"):
         opt.step()
     assert_same(model, before)
 
@@ -1054,12 +1070,30 @@ def test_a_parameter_that_is_frozen_after_construction_is_named_in_a_warning() -
     assert caught[1] == []
 
 
+def load(opt: GSGD, model: nn.Module, source: nn.Module) -> None:
+    model.load_state_dict(source.state_dict())
+
+
+def load_after_a_round_trip(opt: GSGD, model: nn.Module, source: nn.Module) -> None:
+    opt.load_state_dict(opt.state_dict())
+    model.load_state_dict(source.state_dict())
+
+
+def write_unseen(opt: GSGD, model: nn.Module, source: nn.Module) -> None:
+    """As `torch.distributed.broadcast(p.data)` does: versions and addresses stay."""
+    for p, q in zip(model.parameters(), source.parameters(), strict=True):
+        p.data.copy_(q)
+
+
+@pytest.mark.parametrize("way", [load, load_after_a_round_trip, write_unseen])
 @pytest.mark.parametrize("scale", ["balanced", "initial"])
-def test_weights_that_are_loaded_before_the_first_step_set_the_scale(scale: str) -> None:
+def test_weights_that_are_replaced_before_the_first_step_set_the_scale(
+    engine: str, scale: str, way: Callable[[GSGD, nn.Module, nn.Module], None]
+) -> None:
     torch.manual_seed(0)
     one, other = (mlp([5, 9, 7, 3]).double() for _ in range(2))
     opt = GSGD(other, lr=0.05, momentum=0.9, scale=scale, rule="largest")
-    other.load_state_dict(one.state_dict())
+    way(opt, other, one)
     made_then = GSGD(one, lr=0.05, momentum=0.9, scale=scale, rule="largest")
     x = torch.randn(8, 5, dtype=torch.float64)
     for _ in range(4):
@@ -1068,6 +1102,95 @@ def test_weights_that_are_loaded_before_the_first_step_set_the_scale(scale: str)
             model(x).square().mean().backward()
             o.step()
     assert all(map(torch.equal, one.parameters(), other.parameters()))
+
+
+def test_the_network_must_be_of_the_model() -> None:
+    model = nn.Sequential(*mlp((4, 6, 3)), nn.Linear(3, 3))
+
+    def network(name: str) -> gsgd.Network:
+        net = gsgd.Network()
+        h = net.relu(net.dense("0.weight", net.input(4), 6, bias="0.bias"))
+        net.output(net.dense(name, h, 3))
+        return net
+
+    with pytest.raises(ValueError, match=r"network: the model has no parameter '2\.wieght'"):
+        GSGD(model, network=network("2.wieght"))
+    net = network("2.weight")
+    described = GSGD(model, network=net).network
+    assert str(described).endswith("not described, plain steps: 2.bias, 3.weight, 3.bias")
+    assert "not described" not in str(net)
+
+
+def test_frozen_integers_are_no_parameters_of_a_step() -> None:
+    model = mlp((4, 6, 3))
+    model.steps = nn.Parameter(torch.tensor([1, 2]), requires_grad=False)
+    opt = GSGD(model)
+    assert opt.network.num_units == 6
+    assert "steps" not in opt.param_groups[0]["param_names"]
+
+
+def test_a_model_without_parameters_is_refused() -> None:
+    with pytest.raises(ValueError, match="the model has no parameters"):
+        GSGD(nn.Sequential(nn.ReLU()))
+
+
+def test_a_group_that_is_removed() -> None:
+    model, plain = mlp((4, 6, 3)), nn.Linear(3, 3)
+    groups = [{"params": named(model)[:2]}, {"params": named(model)[2:]}]
+    opt = GSGD(groups, lr=0.1, network=trace(model))
+    opt.add_param_group({"params": [(f"plain.{n}", p) for n, p in named(plain)]})
+
+    def step() -> None:
+        opt.zero_grad()
+        plain(model(torch.ones(2, 4))).sum().backward()
+        opt.step()
+
+    step()
+    opt.param_groups.pop()
+    before = weights(plain)
+    step()
+    assert_same(plain, before)
+    opt.param_groups.pop()
+    with pytest.raises(ValueError, match=r"parameter '2\.weight' was removed from its group"):
+        step()
+
+
+def test_steps_that_fail_are_not_counted() -> None:
+    model = mlp((4, 6, 3))
+    opt = GAdam(model, lr=0.01)
+    for bad in (False, True):
+        opt.zero_grad()
+        model(torch.ones(2, 4)).sum().backward()
+        if bad:
+            model[0].weight.grad[0, 0] = torch.nan
+            with pytest.raises(FloatingPointError):
+                opt.step()
+        else:
+            opt.step()
+    assert {state["step"] for state in opt.state.values()} == {1}
+
+
+def test_states_that_do_not_fit_are_told_of() -> None:
+    """Without the skeleton, as torch.distributed.checkpoint saves it; with half of one; of another method."""
+    models = [Net(), Net(), Net()]
+    opt, adam = make(models[0]), GAdam(models[1], example_inputs=example())
+    for model, o in zip(models, (opt, adam), strict=False):
+        train(model, o, range(1))
+    state, resumed = opt.state_dict(), make(models[2])
+    for given in ({}, None):
+        with pytest.raises(ValueError, match='"gsgd" does not hold'):
+            resumed.load_state_dict({**state, "gsgd": given})
+    with pytest.raises(ValueError, match=r"of another method than GSGD: it has \['exp_avg', 'exp_avg_sq'\]"):
+        resumed.load_state_dict(adam.state_dict())
+    with pytest.raises(ValueError, match=r"of another method than GRMSprop: it has \['momentum_buffer'\]"):
+        GRMSprop(models[2], example_inputs=example()).load_state_dict(state)
+    assert not resumed.state
+    with pytest.warns(UserWarning, match="saved without the skeleton"):
+        resumed.load_state_dict({k: v for k, v in state.items() if k != "gsgd"})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        resumed.load_state_dict(state)
+        make(Net(), momentum=0.0).load_state_dict(torch.optim.SGD(Net().parameters()).state_dict())
 
 
 def test_a_model_without_units_is_told_of() -> None:

@@ -8,6 +8,7 @@ import dataclasses
 import random
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -673,3 +674,70 @@ def test_parameters_that_are_not_described_are_listed_with_reasons() -> None:
     model[4].weight.requires_grad_(False)
     assert "not described, plain steps: 4.weight (not trained)" in str(GSGD(model).network)
     assert str(trace(model).without(["4.weight"], "frozen")).endswith("not described, plain steps: 4.weight")
+
+
+@pytest.mark.parametrize(
+    ("op", "free"),
+    [
+        (lambda m, h: h[:, torch.randperm(8)], False),
+        (lambda m, h: h[:, torch.rand(8).argsort()[:4]].repeat(1, 2, 1, 1), False),
+        (lambda m, h: h.index_select(1, torch.zeros(8, dtype=torch.int64).random_(8)), False),
+        (lambda m, h: h.flatten(1)[:, torch.randperm(8 * 25)].view_as(h), False),
+        (lambda m, h: h[:, m.order], True),
+        (lambda m, h: h + h[torch.randperm(len(h))], True),
+        (lambda m, h: h[..., torch.randperm(5), :], True),
+        (lambda m, h: h[:, m.order].index_select(-1, torch.randint(5, (3,))), True),
+    ],
+)
+def test_indices_that_are_drawn_select_no_channels(op: Callable[[Any, Tensor], Tensor], free: bool) -> None:
+    model = Between(op)
+    for batch in (1, 2):
+        net = trace(model, torch.randn(batch, 3, 5, 5))
+        assert net.num_units == (8 if free else 0)
+        assert ("random indices" in str(net)) != free
+
+
+def test_a_forward_that_refers_to_the_original_model_is_refused() -> None:
+    model = models.mlp((5, 8, 3))
+    forward = model.forward
+    model.forward = lambda x: 2 * forward(x)
+    with pytest.raises(ValueError, match="forward refers to the original model, by a closure"):
+        trace(model)
+
+
+def test_models_that_can_not_be_copied_are_refused() -> None:
+    model = models.mlp((5, 8, 3))
+    model.lock = threading.Lock()
+    with pytest.raises(ValueError, match=r"can't be copied .*'_thread\.lock'.*network="):
+        trace(model)
+
+
+def test_backward_hooks_are_left_out() -> None:
+    model = models.mlp((5, 8, 3))
+    model[0].register_full_backward_hook(lambda module, given, returned: None)
+    model[2].register_full_backward_pre_hook(lambda module, given: None)
+    assert trace(model).num_units == 8
+    assert model[0]._backward_hooks
+    assert model[2]._backward_pre_hooks
+
+
+def test_a_model_that_differentiates() -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        x = x.detach().requires_grad_()
+        energy = m.b(torch.tanh(m.a(x))).sum()
+        return torch.autograd.grad(energy, x, create_graph=True)[0]
+
+    model = Call(forward, a=nn.Linear(4, 8), b=nn.Linear(8, 1))
+    net = Network()
+    net.output(net.dense("b.weight", net.pin(net.dense("a.weight", net.input(4), 8, bias="a.bias"), "tanh"), 1))
+    verify(model, net, vectors(4))
+
+
+def test_only_a_tuple_is_several_arguments() -> None:
+    layer = nn.Linear(4, 3)
+    several = Call(lambda m, x, y: m.a(x) + m.a(y), a=layer)
+    alone = Call(lambda m, xs: m.a(xs[0]), a=layer)
+    assert trace(several, (vectors(4), vectors(4)))._others
+    assert trace(alone, [vectors(4), vectors(4)]).shapes
+    with pytest.raises(ValueError, match="can't be followed"):
+        trace(several, [vectors(4), vectors(4)])

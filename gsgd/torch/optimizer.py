@@ -1,4 +1,4 @@
-"""GSGD, GAdam and GRMSprop as torch.optim.Optimizers: the C core on CPU tensors, the reference's stages elsewhere."""
+"""GSGD, GAdam, GRMSprop and PathSGD as torch.optim.Optimizers. CPU tensors go through the C core."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _ANCHOR = ("in_edges", "out_edges", "in_weights", "out_weights", "c")
 
 @dataclasses.dataclass(frozen=True)
 class _Anchor:
-    """What is fixed at construction: the trees, and the reference scale."""
+    """The trees and the reference scale: of the weights at the first step."""
 
     in_edges: NDArray[np.int64]
     out_edges: NDArray[np.int64]
@@ -57,16 +57,24 @@ def named_network(
     params: Params, network: Network | None, example_inputs: Any, residual: Residual, batch_norm: BatchNormMode
 ) -> tuple[Any, Network]:
     """Named parameters, and the network that is given or that tracing finds."""
+    if network is not None and not isinstance(network, Network):
+        raise TypeError(f"network: expected a gsgd.Network, got {type(network).__name__}")
     if isinstance(params, nn.Module):
-        model, params = params, list(params.named_parameters())
-        for name, p in params:
+        model = params
+        # integers are no parameters of a step, but some models keep them as frozen ones
+        parameters = {n: p for n, p in model.named_parameters() if p.requires_grad or p.is_floating_point()}
+        if not parameters:
+            raise ValueError("the model has no parameters")
+        for name, p in parameters.items():
             _refuse_unsupported(name, p)
         if network is None:
             network = trace(model, example_inputs, residual=residual, batch_norm=batch_norm)
+        for name in network.shapes:
+            if name not in parameters:
+                raise ValueError(f"network: the model has no parameter {name!r}, its names are {[*parameters][:3]}...")
+        params = list(parameters.items())
     if network is None:
         raise ValueError(_EXPECTED)
-    if not isinstance(network, Network):
-        raise TypeError(f"network: expected a gsgd.Network, got {type(network).__name__}")
     return params, network
 
 
@@ -93,7 +101,7 @@ class _Engine:
             if g is None:
                 continue
             if g.layout is not torch.strided or g.dtype != p.dtype:
-                got = g.dtype if g.layout is torch.strided else "a sparse one"
+                got = g.dtype if g.layout is torch.strided else "a sparse one: make its layer with sparse=False"
                 raise TypeError(f"gradient of {name!r}: expected a dense tensor of {p.dtype}, got {got}")
             if g.shape != p.shape:
                 raise ValueError(f"gradient of {name!r}: expected shape {tuple(p.shape)}, got {tuple(g.shape)}")
@@ -266,12 +274,14 @@ class _PathOptimizer(torch.optim.Optimizer):
             first, other = next(iter(network.shapes)), next(iter(tensors))
             raise ValueError(f"params: expected names of the network, like {first!r}, got names like {other!r}")
         fixed = [n for n in network.shapes if n not in tensors or not tensors[n].requires_grad]
-        self.network = network.without(fixed, "meets a parameter that is not trained") if fixed else network
+        self.network = network.without(fixed, "meets a parameter that is not trained")
         self.network._reasons |= dict.fromkeys(fixed, "not trained")
+        others = [n for n in tensors if n not in network.shapes]
+        self.network._others = tuple(dict.fromkeys((*self.network._others, *others)))
         if not self.network.num_units:
             warnings.warn("no unit was found that can be rescaled: every step is a plain one", stacklevel=3)
         self._scale, self._rule = scale, rule
-        self._anchor, skeleton = self._find_anchor()
+        self._anchor, skeleton = self._find_anchor()  # refuses what makes no trees
         skeleton.warn_of_pinned()
         self._current_engine()  # refuses what no step can be taken on
         if scale == "ones":
@@ -279,8 +289,6 @@ class _PathOptimizer(torch.optim.Optimizer):
                 for edge in {*skeleton.in_edges, *skeleton.out_edges} - {None}:
                     name, index = edge  # type: ignore[misc]
                     tensors[name][index] = 1
-        # weights may be replaced before the first step: a checkpoint, or those of another process (DDP)
-        self._seen: list[Any] | None = None if scale == "ones" else self._versions()
 
     def _find_anchor(self) -> tuple[_Anchor, Skeleton]:
         """The trees and the reference scale of the weights as they are."""
@@ -292,14 +300,14 @@ class _PathOptimizer(torch.optim.Optimizer):
         tree_weights = (ones, ones) if self._scale == "ones" else skeleton.tree_weights(plain)
         return _Anchor(*skeleton.edge_arrays, *tree_weights, c), skeleton
 
-    def _versions(self) -> list[Any]:
-        return [(p._version, p.data_ptr(), p.stride()) for p in self._tensors().values()]
-
     def _settle(self) -> None:
-        """Before the first step: take the trees and the scale anew if weights were replaced since construction."""
-        if self._seen is not None and self._seen != self._versions():
+        """Before the first step: the trees and the scale of the weights as they are now.
+
+        Since construction a checkpoint, or another process (DDP), may have replaced them.
+        """
+        if self._stats.steps == 0 and self._scale != "ones":  # that one has made weights of its own
             self._anchor, _ = self._find_anchor()
-            self._seen, self._engine = self._versions(), None
+            self._engine = None
 
     @property
     def stats(self) -> Stats:
@@ -330,9 +338,11 @@ class _PathOptimizer(torch.optim.Optimizer):
     def _tensors(self) -> dict[str, Tensor]:
         """All parameters by name: those of the network in its order, then the others."""
         tensors = {n: p for g in self.param_groups for n, p in zip(g["param_names"], g["params"], strict=True)}
-        known = getattr(self, "network", None)
-        first = [] if known is None else [n for n in known.shapes if n in tensors]
-        return {n: tensors[n] for n in (*first, *(n for n in tensors if n not in first))}
+        known = self.network.shapes if hasattr(self, "network") else {}
+        for name in known:
+            if name not in tensors:
+                raise ValueError(f"parameter {name!r} was removed from its group: make a new optimizer")
+        return {n: tensors[n] for n in (*known, *(n for n in tensors if n not in known))}
 
     def _make_engine(self, anchor: _Anchor) -> _CoreEngine | _ArrayEngine:
         tensors = self._tensors()
@@ -346,7 +356,8 @@ class _PathOptimizer(torch.optim.Optimizer):
 
     def _current_engine(self) -> _CoreEngine | _ArrayEngine:
         engine = self._engine
-        if engine is None or not engine.is_current():
+        count = sum(len(g["params"]) for g in self.param_groups)
+        if engine is None or count != len(engine.params) or not engine.is_current():
             engine = self._engine = self._make_engine(self._anchor)
             group_of = {p: i for i, g in enumerate(self.param_groups) for p in g["params"]}
             self._group_of = [group_of[p] for p in engine.params]
@@ -387,7 +398,7 @@ class _PathOptimizer(torch.optim.Optimizer):
         )
         threads = usable_threads(self._threads or torch.get_num_threads())
         engine.step(gradients, moments, rates, which, self._max_ratio, threads, self._stats)
-        self._seen = None
+        self._count(engine.params, gradients)
         return loss
 
     def _warn_of_frozen(self, engine: _CoreEngine | _ArrayEngine) -> None:
@@ -405,6 +416,9 @@ class _PathOptimizer(torch.optim.Optimizer):
         """Hyperparameters, and which of them are those of each parameter."""
         return [self.rates(g, 1) for g in self.param_groups], self._group_of
 
+    def _count(self, params: list[Tensor], gradients: Tensors) -> None:
+        """Note that a step was taken."""
+
     def _moments(self, params: list[Tensor], name: str, has: list[bool], which: list[int]) -> Tensors:
         """A moment of every parameter, zero where it is new; None where its hyperparameters want none."""
         if not any(has):
@@ -421,22 +435,45 @@ class _PathOptimizer(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """As of every optimizer, and under "gsgd" the skeleton and the reference scale."""
-        self._settle()
         state = super().state_dict()
         anchor = {name: torch.from_numpy(getattr(self._anchor, name).copy()) for name in _ANCHOR}
         state["gsgd"] = {**anchor, "steps": self._stats.steps, "clamped": int(self._stats.clamped)}
         return state
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Continue from `state_dict`. A state without "gsgd", of another optimizer, keeps this one's skeleton."""
+        """Continue from `state_dict`. A state without "gsgd", of another optimizer, keeps this one's skeleton.
+
+        From a state before the first step, the scale is that of the weights at the first step, as in a new optimizer.
+
+        Warns
+        -----
+        UserWarning
+            The state has moments but no "gsgd": they are of other coordinates.
+
+        Raises
+        ------
+        ValueError
+            The state is of another method, or its "gsgd" is incomplete or of another network. Nothing has changed.
+        """
+        held = {n for s in state_dict["state"].values() for n, x in s.items() if isinstance(x, Tensor)} - {"step"}
+        if held and not {self.moments[1]} - {""} <= held <= {*self.moments}:
+            raise ValueError(f"state_dict: of another method than {type(self).__name__}: it has {sorted(held)}")
         given = state_dict.get("gsgd")
         anchor = self._anchor
-        if given is not None:
+        if "gsgd" in state_dict:
+            if not isinstance(given, Mapping) or not given.keys() >= {*_ANCHOR, "steps", "clamped"}:
+                raise ValueError('state_dict: "gsgd" does not hold the skeleton and the reference scale')
             anchor = _Anchor(*(given[name].numpy(force=True).copy() for name in _ANCHOR))
             for name in _ANCHOR:
                 expected, got = getattr(self._anchor, name).shape, getattr(anchor, name).shape
                 if expected != got:
                     raise ValueError(f"state_dict: {name!r} of shape {got}, expected {expected}: of another network")
+        elif held and self.network.num_units:
+            warnings.warn(
+                'state_dict has moments but no "gsgd": it is of another optimizer, or was saved without the skeleton, '
+                "and its moments are of other coordinates",
+                stacklevel=2,
+            )
         self._make_engine(anchor)  # refuses what are no trees
         names = [g["param_names"] for g in self.param_groups]
         super().load_state_dict({k: v for k, v in state_dict.items() if k != "gsgd"})
@@ -444,11 +481,9 @@ class _PathOptimizer(torch.optim.Optimizer):
             group["param_names"] = own  # those in the state may be of a wrapped model
         self._anchor, self._engine = anchor, None
         if given is not None:
-            self._seen = None
             self._stats = Stats(given["steps"], given["clamped"])
 
     def __getstate__(self) -> dict[str, Any]:
-        self._settle()
         kept = ("network", "_anchor", "_scale", "_rule", "_max_ratio", "_threads")
         return {**super().__getstate__(), **{name: getattr(self, name) for name in kept}, "_stats": self.stats}
 
@@ -457,7 +492,7 @@ class _PathOptimizer(torch.optim.Optimizer):
         for group in self.param_groups:
             for name, value in self.defaults.items():
                 group.setdefault(name, value)
-        self._engine = self._seen = None
+        self._engine = None
 
 
 class GSGD(_PathOptimizer):
@@ -472,7 +507,8 @@ class GSGD(_PathOptimizer):
         As in `torch.optim.SGD`, on the coordinates that `gsgd.GSGD` describes.
     network : gsgd.Network, optional
         The network of named parameters. Parameters that it does not mention take plain SGD steps. A parameter that
-        it mentions and that is not given, or does not require a gradient now, pins the units that it meets.
+        it mentions and that is not given, or does not require a gradient now, pins the units that it meets; one that
+        a module lacks is an error. ``print(opt.network)`` lists what takes plain steps.
     example_inputs, residual, batch_norm
         For tracing a module, see `trace`.
     scale, rule, max_ratio, threads
@@ -549,8 +585,14 @@ class GAdam(_PathOptimizer):
         See `GSGD`.
     lr, betas, eps, weight_decay
         As in `torch.optim.AdamW`, on the coordinates that `gsgd.GSGD` describes.
+        The weight decay is 0 by default, where AdamW's is 0.01.
     decoupled : bool
         Whether the weight decay is AdamW's, or added to the gradient as in Adam.
+
+    Notes
+    -----
+    The bias corrections are of the steps that a parameter has taken. Other devices than the CPU also count those
+    that were left out because something was not finite.
     """
 
     moments = ("exp_avg", "exp_avg_sq")
@@ -595,10 +637,13 @@ class GAdam(_PathOptimizer):
         place: dict[tuple[int, int], int] = {}
         which = []
         for p, g, group in zip(engine.params, gradients, self._group_of, strict=True):
-            state = self.state[p]
-            state["step"] = int(state.get("step", 0)) + (g is not None)
-            which.append(place.setdefault((group, max(1, state["step"])), len(place)))
+            step = int(self.state[p].get("step", 0)) + (g is not None)
+            which.append(place.setdefault((group, max(1, step)), len(place)))
         return [self.rates(self.param_groups[group], step) for group, step in place], which
+
+    def _count(self, params: list[Tensor], gradients: Tensors) -> None:
+        for p, g in zip(params, gradients, strict=True):
+            self.state[p]["step"] = int(self.state[p].get("step", 0)) + (g is not None)
 
 
 class GRMSprop(_PathOptimizer):

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 import random
 import re
 import sys
@@ -50,6 +51,11 @@ REARRANGING = {
     "reshape_as", "roll", "select", "split", "split_with_sizes", "squeeze", "stack", "swapaxes", "swapdims", "t",
     "tensor_split", "tile", "transpose", "unbind", "unflatten", "unfold", "unsafe_chunk", "unsafe_split",
     "unsqueeze", "view", "view_as", "vsplit", "vstack",
+}
+# what they draw differs from pass to pass
+DRAWING = {
+    "bernoulli", "binomial", "cauchy", "exponential", "geometric", "log_normal", "multinomial", "normal", "poisson",
+    "rand", "rand_like", "randint", "randint_like", "randn", "randn_like", "random", "randperm", "uniform",
 }
 # fmt: on
 # of an argument only its shape and dtype are used
@@ -99,13 +105,15 @@ def trace(
     ValueError
         The forward pass cannot be followed: it fails on the inputs, it branches on a tensor's values, or a value is
         made out of sight (TorchScript, an extension). The message names the module and the operation.
+        Or the model can't be copied, or its forward reads the original's parameters (by a closure).
     TypeError
         `model` is no module, or returns what can't be looked into.
 
     Notes
     -----
     What is seen is one forward pass: not a penalty on weights in the loss, not values that a hook keeps elsewhere,
-    not the other branch of a choice that Python made (by a random number, say).
+    not the other branch of a choice that Python made (by a random number, say). Indices that torch draws in the pass
+    pin what they select, unless they select among samples or positions; those of Python and NumPy are taken as fixed.
     """
     if residual not in ("tie", "pin"):
         raise ValueError(f"residual {residual!r}: expected 'tie' or 'pin'")
@@ -113,7 +121,8 @@ def trace(
         raise ValueError(f"batch_norm {batch_norm!r}: expected 'exact', 'paper' or 'released'")
     inner, names = unwrap(model)
     ghost, parameters = _ghost(inner, names)
-    args, kwargs, reads = _count_reads(ghost, arguments(example_inputs) if example_inputs is not None else None)
+    given = arguments(example_inputs) if example_inputs is not None else None
+    args, kwargs, reads = _count_reads(ghost, given, {id(p) for p in inner.parameters()})
     describe = _Describe(Network(), residual, batch_norm, parameters, reads)
     describe.follow(ghost, args, kwargs)
     net, alone = describe.net, set(parameters.values())
@@ -144,7 +153,12 @@ def copy_model(model: nn.Module, convert: Callable[[Tensor], Tensor]) -> nn.Modu
                 raise ValueError(f"{type(module).__name__} is lazy: run the model once before it is traced")
             new = convert(t.detach())
             memo[id(t)] = nn.Parameter(new, _continuous(new)) if isinstance(t, nn.Parameter) else new
-    copied = copy.deepcopy(model, memo)
+    try:
+        copied = copy.deepcopy(model, memo)
+    except Exception as error:
+        raise ValueError(
+            f"the model can't be copied ({type(error).__name__}: {error}): describe it by hand, and pass network="
+        ) from error
     for module in copied.modules():
         if isinstance(module, nn.SyncBatchNorm):  # it insists on a GPU
             module.forward = nn.BatchNorm3d.forward.__get__(module)  # type: ignore[method-assign]
@@ -160,7 +174,7 @@ def arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Positional and keyword arguments of the forward pass."""
     if isinstance(example_inputs, Mapping):
         return (), dict(example_inputs)
-    return tuple(example_inputs) if isinstance(example_inputs, tuple | list) else (example_inputs,), {}
+    return example_inputs if isinstance(example_inputs, tuple) else (example_inputs,), {}
 
 
 @contextmanager
@@ -202,18 +216,21 @@ def _ghost(model: nn.Module, names: Mapping[str, str]) -> tuple[nn.Module, dict[
             raise ValueError(f"{where} is compiled by TorchScript, and can't be seen into")
     # integers keep their values: they are indices, such as a fixed permutation of channels
     ghost = copy_model(model, lambda t: t.to("meta") if _continuous(t) else t.to("cpu", copy=True)).train()
+    for module in ghost.modules():  # nothing goes backward here
+        module._backward_hooks.clear()
+        module._backward_pre_hooks.clear()
     places = Counter(p.data_ptr() for p in model.parameters() if p.data_ptr())
     alone = {name for name, p in model.named_parameters() if places[p.data_ptr()] <= 1}
     return ghost, {id(p): names[name] for name, p in ghost.named_parameters() if name in alone}
 
 
 def _count_reads(
-    ghost: nn.Module, given: tuple[tuple[Any, ...], dict[str, Any]] | None
+    ghost: nn.Module, given: tuple[tuple[Any, ...], dict[str, Any]] | None, originals: set[int]
 ) -> tuple[tuple[Any, ...], dict[str, Any], Counter[int]]:
     """Arguments on which `ghost` runs, and how often it then reads every tensor (by identity)."""
     failure: Exception | None = None
     for args, kwargs in [given] if given is not None else _guesses(ghost):
-        mode = _CountReads()
+        mode = _CountReads(originals)
         try:
             mode.follow(ghost, args, kwargs)
         except ValueError as error:
@@ -332,12 +349,16 @@ class _Follow(TorchFunctionMode):
 
 
 class _CountReads(_Follow):
-    def __init__(self) -> None:
+    def __init__(self, originals: set[int]) -> None:
         super().__init__()
+        self.originals = originals  # parameters of which `ghost` has copies
         self.reads: Counter[int] = Counter()
 
     def see(self, func: Callable[..., Any], args: Any, kwargs: Any, out: Any) -> None:
-        self.reads.update(map(id, _tensors((args, kwargs))))
+        reads = [id(t) for t in _tensors((args, kwargs))]
+        if not self.originals.isdisjoint(reads):
+            raise ValueError("forward refers to the original model, by a closure: it must read parameters through self")
+        self.reads.update(reads)
 
 
 class _Describe(_Follow):
@@ -356,6 +377,7 @@ class _Describe(_Follow):
         self.parameters, self.reads = parameters, reads
         self.constant = int(net.input(1, "constant").per_feature[0])
         self.known: dict[int, tuple[Tensor, Tensor]] = {}  # id -> the value, kept alive, and its nodes
+        self.drawn: set[int] = set()  # ids of what was made of random numbers
         self.reasons: dict[str, str] = {}  # of parameters: what reads them first
 
     # values
@@ -440,6 +462,8 @@ class _Describe(_Follow):
         reads = [t for t in _tensors((args, kwargs)) if _continuous(t)]
         results = [t for t in _tensors(out) if _continuous(t)]
         reason = self.current
+        if _name(func).strip("_") in DRAWING or any(id(t) in self.drawn for t in _tensors((args, kwargs))):
+            self.drawn.update(id(t) for t in _tensors((out, args[:1] if out is None else ())))
         try:
             if not torch.is_grad_enabled():
                 raise _NotUnderstood("without gradients")
@@ -573,11 +597,34 @@ class _Describe(_Follow):
         # a view of the value may need a copy of its nodes, which have strides of their own
         copying: dict[str, Callable[..., Any]] = {"view": Tensor.reshape, "view_as": Tensor.reshape_as}
         func = copying.get(_name(func), func)
-        args, kwargs = tree_map_only(Tensor, lambda t: self.nodes(t) if _continuous(t) else t, (args, kwargs))
         try:
+            self.refuse_drawn(func, args, kwargs)
+            args, kwargs = tree_map_only(Tensor, lambda t: self.nodes(t) if _continuous(t) else t, (args, kwargs))
             return func(*args, **kwargs)
-        except RuntimeError as error:  # another function of the same name
+        except (IndexError, RuntimeError) as error:  # another function of the same name
             raise _NotUnderstood from error
+
+    def refuse_drawn(self, func: Callable[..., Any], args: Any, kwargs: Any) -> None:
+        """Indices that were drawn may only select along dimensions along which the nodes are equal."""
+        tensors = _tensors((args, kwargs))
+        values = [t for t in tensors if _continuous(t)]
+        drawn = {id(t) for t in tensors if id(t) in self.drawn and not _continuous(t)}
+        if not values or not drawn:
+            return
+        nodes = self.nodes(values[0])
+        shape = [max(2, n) for n in nodes.shape]  # 0 and 1 are indices along every dimension
+        differ = [n if n > 1 and step else 1 for n, step in zip(nodes.shape, nodes.stride(), strict=True)]
+        places = torch.arange(math.prod(differ)).reshape(differ).expand(shape)
+
+        def select(index: int) -> Tensor:
+            def convert(t: Tensor) -> Tensor:
+                return places if _continuous(t) else torch.full_like(t, index) if id(t) in drawn else t
+
+            a, k = tree_map_only(Tensor, convert, (args, kwargs))
+            return func(*a, **k)  # type: ignore[no-any-return]
+
+        if not torch.equal(select(0), select(1)):
+            raise _NotUnderstood("random indices")
 
     def pool(self, x: Tensor, spatial: int, shape: torch.Size) -> Tensor:
         nodes = self.nodes(x)

@@ -92,8 +92,7 @@ class _Copy:
 
     def values(self, training: bool, weights: Arrays) -> list[NDArray[Any]]:
         """The outputs as NumPy arrays."""
-        with torch.no_grad():
-            return [y.numpy() for y in self.run(weights, training)[1]]
+        return [y.detach().numpy() for y in self.run(weights, training)[1]]
 
     def gradients(self, training: bool, weights: Arrays) -> Arrays:
         """Of a random linear functional of the outputs; 0 if they have none."""
