@@ -13,9 +13,9 @@ from typing import Any
 import report
 import throughput
 import torch
+from architectures import CONV_NETS
 from data import DEFAULT_FOLDER
-from methods import METHODS
-from plans import PLANS, Plan, Scale, counts
+from plans import CONV_SETS, PLANS, Plan, Scale, counts
 from training import train_all
 
 HERE = Path(__file__).parent
@@ -44,6 +44,9 @@ def parser() -> argparse.ArgumentParser:
         one.add_argument(
             "--data", type=Path, default=DEFAULT_FOLDER, help="folder of the data sets (default: %(default)s)"
         )
+        if PLANS[name].paper.nets:
+            one.add_argument("--nets", nargs="+", choices=CONV_NETS, help="networks of convolutions")
+            one.add_argument("--sets", nargs="+", choices=CONV_SETS, help="their data sets")
     return top
 
 
@@ -51,16 +54,17 @@ def scale_of(plan: Plan, options: argparse.Namespace) -> Scale:
     """The protocol, with what the command line changes."""
     scale = plan.paper if options.protocol == "paper" else plan.laptop
     given = {"epochs": options.epochs, "seeds": options.seeds, "widths": options.width, "rates": options.rates,
-             "images": options.images, "conv_images": options.images}  # fmt: skip
+             "images": options.images, "conv_images": options.images, "nets": getattr(options, "nets", None),
+             "sets": getattr(options, "sets", None)}  # fmt: skip
     changed: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items() if v is not None}
     return replace(scale, **changed)
 
 
 def check_settings(path: Path, settings: dict[str, Any]) -> None:
-    """Results of other settings are not continued; more seeds, widths or learning rates may be added."""
+    """Results of other settings are not continued; more of what is listed may be added."""
     if path.exists():
         old = json.loads(path.read_text())
-        extends = ("seeds", "widths", "rates", "leaves_out", "threads", "device")
+        extends = ("seeds", "widths", "rates", "nets", "sets", "lambdas", "data", "leaves_out", "threads", "device")
         differ = [k for k in settings if k not in extends and old.get(k) != settings[k]]
         if differ:
             names = ", ".join(f"{k} {old.get(k)} there, {settings[k]} now" for k in differ)
@@ -84,8 +88,7 @@ def train(command: str, options: argparse.Namespace, out: Path) -> str:
     sizes = sorted({f"{len(run.task.data.train_y):,} images of {run.task.data.name}" for run in runs})
     title = f"{', '.join(sizes)}; {scale.epochs} epochs, mean of {scale.seeds} seeds, best learning rate of each method"
     if plan.x_label:
-        x = {run.setting: float(run.setting.split("= ")[1]) for run in runs}
-        report.against_setting(rows, x, plan.x_label, title, out / "figure.png")
+        report.against_setting(rows, plan.x_label, title, out / "figure.png")
     else:
         report.curves(rows, title, out / "figure.png")
     head = f"{title}.\nTraining loss after the last epoch (nats), test error: mean ± standard deviation over seeds."
@@ -96,7 +99,7 @@ def train(command: str, options: argparse.Namespace, out: Path) -> str:
         left += f" Changed here: {', '.join(changed)}."
     size = f"\n\n{counts(scale.widths)}" if command == "invariance" else ""
     text = f"{head}\n{left}{size}\n\n{report.table(runs, rows)}\n"
-    if {run.name for run in runs} >= METHODS.keys():
+    if {run.name for run in runs} >= {name for pair in report.GAINS.values() for name in pair}:
         text += f"\nGains by start and step, seed by seed (positive: the second is better):\n\n{report.gains(rows)}\n"
     return text
 

@@ -70,8 +70,10 @@ class ConvNet(nn.Module):
         return self.fc(torch.flatten(F.adaptive_avg_pool2d(x, 1), 1))
 
 
-# name: (blocks, shortcut)
+# name: (blocks, shortcut); those of 10 layers are not the paper's
 CONV_NETS = {
+    "Plain-10": ((1, 1, 1, 1), "none"),
+    "ResNet-10": ((1, 1, 1, 1), "projection"),
     "Plain-34": ((3, 4, 6, 3), "none"),
     "ResNet-34": ((3, 4, 6, 3), "projection"),
     "ResNet-110": ((18, 18, 18), "padding"),

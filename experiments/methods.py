@@ -82,8 +82,6 @@ def start(model: nn.Module, name: StartName, seed: int, rescaled: float = 0.0) -
 def optimizer(model: nn.Module, method: Method, lr: float) -> torch.optim.Optimizer:
     options = dict(method.options)
     if method.optimizer == "G-SGD":
-        if next(model.parameters()).device.type != "cpu" and options.get("batch_norm") in ("paper", "released"):
-            options["batch_norm"] = "exact"  # the approximations exist on the CPU only
         return gsgd.torch.GSGD(model, lr, **options)
     if method.optimizer == "Path-SGD":
         return PathSGD(model, lr)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -17,13 +17,16 @@ from training import Run, Task
 import gsgd.torch
 
 SGD_GRID = (0.1, 0.03, 0.01)
+CONV_SETS = {"cifar-10": cifar10, "cifar-100": cifar100}
+
+Tasks = dict[str, tuple[Task, Mapping[str, Method]]]
 
 
 @dataclass(frozen=True)
 class Scale:
     """`images` limits the training images of dense networks, `conv_images` those of networks of convolutions.
 
-    The latter are average-pooled by `shrink`, and `blocks` replaces these networks' stages.
+    The latter, of the data sets `sets`, are average-pooled by `shrink` for the networks `nets`.
     """
 
     epochs: int
@@ -33,8 +36,10 @@ class Scale:
     images: int | None = None
     conv_images: int | None = None
     shrink: int = 1
-    blocks: tuple[int, ...] | None = None
+    nets: tuple[str, ...] = ()
+    sets: tuple[str, ...] = ()
     conv_batch: int = 128
+    lambdas: tuple[float, ...] = ()
     leaves_out: str = "nothing"
 
 
@@ -45,7 +50,7 @@ class Plan:
     what: str
     paper: Scale
     laptop: Scale
-    tasks: Callable[[Scale, Path], Mapping[str, tuple[Task, Mapping[str, Method]]]]
+    tasks: Callable[[Scale, Path], Tasks]
     x_label: str | None = None
 
     def runs(self, scale: Scale, folder: Path) -> list[Run]:
@@ -57,22 +62,8 @@ class Plan:
         ]
 
 
-Tasks = dict[str, tuple[Task, Mapping[str, Method]]]
-
-
 def mlp_task(data: Data, hidden: Sequence[int], **options: float) -> Task:
     return Task(data, partial(mlp, (data.train_x[0].numel(), *hidden, data.classes)), **options)  # type: ignore[arg-type]
-
-
-def conv_task(data: Data, name: str, width: int, scale: Scale) -> Task:
-    blocks, shortcut = CONV_NETS[name]
-    model = partial(ConvNet, scale.blocks or blocks, width, shortcut, data.classes)
-    return Task(data, model, scale.conv_batch, decay=True, augment=True)
-
-
-def net_name(name: str, scale: Scale) -> str:
-    """Plain-34, or Plain-10 where its stages were cut."""
-    return name if scale.blocks is None else f"{name.split('-')[0]}-{2 * sum(scale.blocks) + 2}"
 
 
 def pooled_fashion(scale: Scale, folder: Path) -> Data:
@@ -80,8 +71,27 @@ def pooled_fashion(scale: Scale, folder: Path) -> Data:
     return fashion_mnist(folder).fewer(scale.images).shrunk(4)
 
 
-def small_cifar(scale: Scale, folder: Path) -> Data:
-    return cifar10(folder).fewer(scale.conv_images).shrunk(scale.shrink)
+def conv_tasks(scale: Scale, folder: Path) -> dict[str, Task]:
+    """Every network on every data set; `widths` are the feature maps of the first stage."""
+    tasks = {}
+    sets = [CONV_SETS[name](folder).fewer(scale.conv_images).shrunk(scale.shrink) for name in scale.sets]
+    for data, net, width in product(sets, scale.nets, scale.widths):
+        blocks, shortcut = CONV_NETS[net]
+        # ResNet-110 has 16, 32 and 64 maps where the others have 64 to 512
+        maps = max(1, width // 4) if net == "ResNet-110" else width
+        model = partial(ConvNet, blocks, maps, shortcut, data.classes)
+        name = f"{data.name}, {net}, {maps} maps"
+        tasks[name] = Task(data, model, scale.conv_batch, decay=True, augment=True)
+    return tasks
+
+
+def fewer_maps(scale: Scale) -> Scale:
+    """For networks of convolutions beside dense ones of `widths`."""
+    return replace(scale, widths=tuple(max(1, width // 8) for width in scale.widths))
+
+
+def each(tasks: Mapping[str, Task], methods: Mapping[str, Method]) -> Tasks:
+    return {setting: (task, methods) for setting, task in tasks.items()}
 
 
 def invariance(scale: Scale, folder: Path) -> Tasks:
@@ -98,6 +108,7 @@ def rescaled(scale: Scale, folder: Path) -> Tasks:
 
 
 def basis(scale: Scale, folder: Path) -> Tasks:
+    reference = {name: METHODS[name] for name in ("SGD, He start", "SGD, ones start")}
     scales, rules = ("balanced", "initial", "ones"), ("modulo", "largest")
     choices = {f"G-SGD {s}, {r}": Method("he", "G-SGD", {"scale": s, "rule": r}) for s, r in product(scales, rules)}
     momentum = {"momentum": 0.9}
@@ -107,26 +118,18 @@ def basis(scale: Scale, folder: Path) -> Tasks:
         **{f"G-SGD {s}": Method("he", "G-SGD", {"scale": s, **momentum}, 0.1) for s in scales},
     }
     normalized = {
-        "SGD, He start": METHODS["SGD, He start"],
-        "SGD, ones start": METHODS["SGD, ones start"],
         **{
             f"G-SGD {s}, BN {bn}": Method("he", "G-SGD", {"scale": s, "batch_norm": bn})
             for s, bn in product(("initial", "ones"), ("exact", "paper", "released"))
         },
         "G-SGD balanced, BN exact": Method("he", "G-SGD", {"scale": "balanced", "batch_norm": "exact"}),
     }
-    dense = pooled_fashion(scale, folder)
-    images = small_cifar(scale, folder)
-    width = scale.widths[0]
-    plain = conv_task(images, "Plain-34", max(1, width // 8), scale)
-    return {
-        f"49-{width}x3-10": (mlp_task(dense, (width,) * 3), METHODS_FOR_REFERENCE | choices),
-        f"49-{width}x3-10, momentum 0.9": (mlp_task(dense, (width,) * 3), moving),
-        f"{net_name('Plain-34', scale)}, {max(1, width // 8)} maps": (plain, normalized),
-    }
-
-
-METHODS_FOR_REFERENCE = {name: METHODS[name] for name in ("SGD, He start", "SGD, ones start")}
+    data = pooled_fashion(scale, folder)
+    dense: Tasks = {}
+    for h in scale.widths:
+        task = mlp_task(data, (h, h, h))
+        dense |= {f"49-{h}x3-10": (task, reference | choices), f"49-{h}x3-10, momentum 0.9": (task, moving)}
+    return dense | each(conv_tasks(fewer_maps(scale), folder), reference | normalized)
 
 
 def signs(scale: Scale, folder: Path) -> Tasks:
@@ -137,13 +140,9 @@ def signs(scale: Scale, folder: Path) -> Tasks:
         "G-SGD ones (paper)": METHODS["G-SGD ones (paper)"],
         "G-SGD random signs": Method("signs", "G-SGD", {"scale": "initial", **PAPER}),
     }
-    dense, images = pooled_fashion(scale, folder), small_cifar(scale, folder)
-    width = scale.widths[0]
-    plain = conv_task(images, "Plain-34", max(1, width // 8), scale)
-    return {
-        f"49-{width}-{width}-10": (mlp_task(dense, (width, width)), methods),
-        f"{net_name('Plain-34', scale)}, {max(1, width // 8)} maps": (plain, methods),
-    }
+    data = pooled_fashion(scale, folder)
+    dense: Tasks = {f"49-{h}-{h}-10": (mlp_task(data, (h, h)), methods) for h in scale.widths}
+    return dense | each(conv_tasks(fewer_maps(scale), folder), methods)
 
 
 def path_sgd(scale: Scale, folder: Path) -> Tasks:
@@ -154,36 +153,30 @@ def path_sgd(scale: Scale, folder: Path) -> Tasks:
 
 def regularization(scale: Scale, folder: Path) -> Tasks:
     """SGD with weight decay against G-SGD with basis-path regularization; the best lambda is read from the table."""
-    lambdas = [0.0, *(f * 10**-a for a in (3, 4, 5, 6) for f in (0.5, 0.2, 0.1))]
-    if scale.blocks is not None:
-        lambdas = [0.0, 5e-4, 5e-5]
-    methods: dict[str, Method] = {}
-    for x in lambdas:
-        decay = {"weight_decay": x}
-        methods[f"SGD, weight decay {x:g}"] = Method("default", "SGD", decay)
-        methods[f"SGD, ones start, weight decay {x:g}"] = Method("ones", "SGD", decay)
-        methods[f"G-SGD ones, lambda {x:g}"] = Method("he", "G-SGD", {"scale": "ones", **PAPER, **decay})
-        methods[f"G-SGD balanced, lambda {x:g}"] = Method("he", "G-SGD", {"scale": "balanced", **decay})
-    data = small_cifar(scale, folder)
-    nets = ("Plain-34", "ResNet-34") if scale.blocks is None else ("ResNet-34",)
-    return {f"{data.name}, {net_name(n, scale)}": (conv_task(data, n, scale.widths[0], scale), methods) for n in nets}
-
-
-def cifar(scale: Scale, folder: Path) -> Tasks:
-    sets = [small_cifar(scale, folder)]
-    if scale.blocks is None:
-        sets.append(cifar100(folder).fewer(scale.conv_images))
-    nets = CONV_NETS if scale.blocks is None else ("Plain-34", "ResNet-34")
     tasks: Tasks = {}
-    for data, name in product(sets, nets):
-        # ResNet-110 has 16, 32 and 64 maps where the others have 64 to 512
-        width = scale.widths[0] // (4 if name == "ResNet-110" else 1)
-        tasks[f"{data.name}, {net_name(name, scale)}"] = (conv_task(data, name, width, scale), METHODS)
+    nets = conv_tasks(scale, folder)
+    for x in scale.lambdas:
+        decay = {"weight_decay": x}
+        methods = {
+            "SGD, default start": Method("default", "SGD", decay),
+            "SGD, ones start": Method("ones", "SGD", decay),
+            "G-SGD ones (paper)": Method("he", "G-SGD", {"scale": "ones", **PAPER, **decay}),
+            "G-SGD balanced": Method("he", "G-SGD", {"scale": "balanced", **decay}),
+        }
+        tasks |= each({f"{name}, lambda = {x:g}": task for name, task in nets.items()}, methods)
     return tasks
 
 
-SMALL_CONV: dict[str, Any] = {"conv_images": 2_000, "shrink": 2, "blocks": (1, 1, 1, 1), "conv_batch": 32}
-CUT = "34 layers of 64 to 512 maps (10 of 8 to 64), images of 32 x 32 (pooled to 16 x 16) beyond 2,000"
+def cifar(scale: Scale, folder: Path) -> Tasks:
+    return each(conv_tasks(scale, folder), METHODS)
+
+
+NETS, SETS = ("Plain-34", "ResNet-34", "ResNet-110"), ("cifar-10", "cifar-100")
+LAMBDAS = (0.0, *(float(f"{f}e-{a}") for a in (6, 5, 4, 3) for f in (0.1, 0.2, 0.5)))
+ONE_CONV: dict[str, Any] = {"nets": ("Plain-34",), "sets": ("cifar-10",)}
+SMALL_CONV: dict[str, Any] = {"conv_images": 2_000, "shrink": 2, "conv_batch": 32, "sets": ("cifar-10",)}
+CUT = "feature maps 9 to 64 of the first stage; images beyond 2,000, pooled to 16 x 16; batches of 128 (here 32)"
+SHORT = f"24 of 34 layers; {CUT}; two thirds of Fashion-MNIST; epochs 7 to 100; three of five seeds"
 
 PLANS = {
     "invariance": Plan(
@@ -209,14 +202,14 @@ PLANS = {
     ),
     "basis": Plan(
         "ours: rule, scale, momentum and treatment of batch normalization",
-        Scale(100, 5, (64,), (1.0, 0.3, 0.1, 0.03, 0.01)),
-        Scale(6, 2, (64,), (0.3, 0.1), 20_000, **SMALL_CONV, leaves_out=f"{CUT}; epochs 7 to 100; three of five seeds"),
+        Scale(100, 5, (64,), (1.0, 0.3, 0.1, 0.03, 0.01), **ONE_CONV),
+        Scale(6, 2, (64,), (0.3, 0.1), 20_000, nets=("Plain-10",), **SMALL_CONV, leaves_out=SHORT),
         basis,
     ),
     "signs": Plan(
         "section 11.2: random signs of the skeleton weights",
-        Scale(100, 5, (64,), (1.0, 0.3, 0.1, 0.03, 0.01)),
-        Scale(6, 2, (64,), (0.3, 0.1), 20_000, **SMALL_CONV, leaves_out=f"{CUT}; epochs 7 to 100; three of five seeds"),
+        Scale(100, 5, (64,), (1.0, 0.3, 0.1, 0.03, 0.01), **ONE_CONV),
+        Scale(6, 2, (64,), (0.3, 0.1), 20_000, nets=("Plain-10",), **SMALL_CONV, leaves_out=SHORT),
         signs,
     ),
     "path_sgd": Plan(
@@ -234,27 +227,31 @@ PLANS = {
     ),
     "regularization": Plan(
         "section 11.5, figures 8 and 9: weight decay against basis-path regularization",
-        Scale(164, 5, (64,), (1.0,)),
+        Scale(164, 5, (64,), (1.0,), nets=NETS[:2], sets=SETS, lambdas=LAMBDAS),
         Scale(
             8,
             2,
             (8,),
             (1.0,),
+            nets=("ResNet-10",),
+            lambdas=LAMBDAS,
             **SMALL_CONV,
-            leaves_out=f"Plain-34; CIFAR-100; 10 of 12 lambdas; {CUT}; epochs 9 to 164; three of five seeds",
+            leaves_out=f"Plain-34; 24 of 34 layers; CIFAR-100; {CUT}; epochs 9 to 164; three of five seeds",
         ),
         regularization,
+        "lambda",
     ),
     "cifar": Plan(
         "sections 5.1 and 11.3, tables 1 and 5, figures 3 and 7: Plain-34, ResNet-34 and ResNet-110",
-        Scale(164, 5, (64,), (1.0,)),
+        Scale(164, 5, (64,), (1.0,), nets=NETS, sets=SETS),
         Scale(
             8,
             2,
             (8,),
             (1.0, 0.1),
+            nets=NETS,
             **SMALL_CONV,
-            leaves_out=f"ResNet-110; CIFAR-100; {CUT}; epochs 9 to 164; three of five seeds",
+            leaves_out=f"CIFAR-100; {CUT}; epochs 9 to 164; three of five seeds",
         ),
         cifar,
     ),

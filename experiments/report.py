@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Iterable, Sequence
-from itertools import cycle
+from itertools import cycle, product
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -78,8 +78,8 @@ def table(runs: Sequence[Run], rows: Sequence[Row]) -> str:
             cells += [f"{lr:g}" if ends != "diverged" else "", ends]
             lines.append(f"| {name} | " + " | ".join(cells) + " |")
         scaled: dict[float, list[str]] = {}
-        for (at, name), factor in factors.items():
-            if at == setting and factor != 1:
+        for (own, name), factor in factors.items():
+            if own == setting and factor != 1:
                 scaled.setdefault(factor, []).append(name)
         lines += [
             f"\n{'; '.join(names)}: {factor:g} times the learning rate above." for factor, names in scaled.items()
@@ -105,7 +105,8 @@ def gains(rows: Sequence[Row]) -> str:
     final = final_rows(rows)
     lines = [f"| setting | lr | {' | '.join(GAINS)} |", "|---" * (len(GAINS) + 2) + "|"]
     for setting in dict.fromkeys(setting for setting, _ in final):
-        for lr in [*sorted(final[setting, "SGD, He start"], reverse=True), None]:
+        rates = sorted(final[setting, "SGD, He start"], reverse=True)
+        for lr in [*rates, None] if len(rates) > 1 else rates:
             cells = []
             for pair in GAINS.values():
                 ends = [final[setting, name] for name in pair]
@@ -122,7 +123,7 @@ def curves(rows: Sequence[Row], title: str, path: Path) -> None:
     """Training loss and test error over epochs, at the best learning rate of every method; mean over seeds."""
     final = final_rows(rows)
     settings = list(dict.fromkeys(setting for setting, _ in final))
-    figure = Figure(figsize=(3.6 * len(settings) + 0.6, 6.4), layout="constrained")
+    figure = Figure(figsize=(max(9, 3.6 * len(settings) + 0.6), 6.4), layout="constrained")
     panels = figure.subplots(2, len(settings), sharex=True, squeeze=False)
     colours = _colours(final)
     for column, setting in enumerate(settings):
@@ -133,7 +134,8 @@ def curves(rows: Sequence[Row], title: str, path: Path) -> None:
             for panel, quantity, factor in zip(panels[:, column], ("train_loss", "test_error"), (1, 100), strict=True):
                 y = [factor * mean(r[quantity] for r in chosen if r["epoch"] == epoch) for epoch in epochs]
                 panel.plot(epochs, y, **colours[name], markersize=3, label=name)
-        panels[0, column].set(title=setting, yscale="log")
+        panels[0, column].set_title(setting, fontsize="medium")
+        panels[0, column].set_yscale("log")
         panels[1, column].set(xlabel="epoch")
     _finish(figure, panels, title, path)
 
@@ -144,26 +146,37 @@ def wide(values: Iterable[float]) -> bool:
     return min(finite) > 0 and max(finite) > 8 * min(finite)
 
 
-def against_setting(rows: Sequence[Row], x: dict[str, float], x_label: str, title: str, path: Path) -> None:
-    """Final training loss and test error of every method at its best learning rate, against a number per setting."""
+def against_setting(rows: Sequence[Row], x_label: str, title: str, path: Path) -> None:
+    """Final training loss and test error of every method at its best learning rate, against the number of a setting.
+
+    A setting is called "h = 8", or "network, h = 8": every network has its panels.
+    """
     final = final_rows(rows)
-    figure = Figure(figsize=(9, 4.6), layout="constrained")
-    panels = figure.subplots(1, 2, squeeze=False)
+    x = {setting: float(setting.split(" = ")[1]) for setting, _ in final}
+    network = {setting: setting.split(" = ")[0].rpartition(", ")[0] for setting in x}
+    networks = list(dict.fromkeys(network.values()))
+    figure = Figure(figsize=(9, 1 + 3.6 * len(networks)), layout="constrained")
+    panels = figure.subplots(len(networks), 2, squeeze=False)
     colours = _colours(final)
-    for name in colours:
-        at = [setting for setting, method in final if method == name]
+    for (row, own), name in product(enumerate(networks), colours):
+        at = sorted((s for s, method in final if method == name and network[s] == own), key=x.__getitem__)
         ends = [final[setting, name][best(final[setting, name])] for setting in at]
-        for panel, quantity, factor in zip(panels[0], ("train_loss", "test_error"), (1, 100), strict=True):
+        for panel, quantity, factor in zip(panels[row], ("train_loss", "test_error"), (1, 100), strict=True):
             values = [[factor * row[quantity] for row in end] for end in ends]
             deviations = [deviation(v) for v in values]
             positions = [x[setting] for setting in at]
             panel.errorbar(positions, [mean(v) for v in values], deviations, **colours[name], markersize=3, label=name)
     losses = [row["train_loss"] for by_rate in final.values() for row in by_rate[best(by_rate)]]
-    panels[0, 0].set_yscale("log" if wide(losses) else "linear")
-    for panel in panels[0]:
-        panel.set(xlabel=x_label, xscale="log" if wide(x.values()) else "linear")
-        panel.set_xticks(list(x.values()), [f"{v:g}" for v in x.values()])
-        panel.minorticks_off()
+    ticks = sorted(set(x.values()))
+    positive = [v for v in ticks if v > 0]
+    for own, (loss, error) in zip(networks, panels, strict=True):
+        loss.set_yscale("log" if wide(losses) else "linear")
+        for panel in (loss, error):
+            panel.set(xlabel=x_label, title=own)
+            if wide(positive):
+                panel.set_xscale("symlog", linthresh=positive[0])  # 0 has its place
+            panel.set_xticks(ticks, [f"{v:g}" for v in ticks], rotation=60 if len(ticks) > 8 else 0)
+            panel.minorticks_off()
     _finish(figure, panels.T, title, path)
 
 
@@ -191,7 +204,7 @@ def _finish(figure: Figure, panels: NDArray[Any], title: str, path: Path) -> Non
         row[0].set_ylabel(label)
     for panel in panels.flat:
         panel.grid(alpha=0.25)
-    figure.suptitle(title, fontsize="medium")
+    figure.suptitle(title, fontsize="medium", wrap=True)
     unique = {
         label: line for panel in panels.flat for line, label in zip(*panel.get_legend_handles_labels(), strict=True)
     }
