@@ -157,17 +157,14 @@ def optax_step(weights: dict[str, NDArray[Any]], gradients: dict[str, NDArray[An
 def contenders(net: gsgd.Network, dtype: str) -> tuple[dict[str, Step], Callable[[int], None]]:
     """What is timed, by name, all on the same weights and gradients; and how to set the number of threads."""
     weights, gradients = normal(net, dtype, 0), normal(net, dtype, 1)
-    tensors = [torch.from_numpy(w) for w in weights.values()]
+    tensors = [torch.nn.Parameter(torch.from_numpy(w)) for w in weights.values()]
     for tensor, g in zip(tensors, gradients.values(), strict=True):
         tensor.grad = torch.from_numpy(g)
     optimizers = [gsgd.GSGD(weights, net, lr=LR, momentum=momentum) for momentum in (0.0, MOMENTUM)]
-    parameters = [(name, torch.nn.Parameter(t)) for name, t in zip(weights, tensors, strict=True)]
-    for (_, p), t in zip(parameters, tensors, strict=True):
-        p.grad = t.grad
     source, target = torch.ones(2, net.num_weights, dtype=tensors[0].dtype)
     steps: dict[str, Step] = {
         "G-SGD": partial(optimizers[0].step, gradients),
-        "G-SGD torch": gsgd.torch.GSGD(parameters, lr=LR, network=net).step,
+        "G-SGD torch": gsgd.torch.GSGD(zip(weights, tensors, strict=True), lr=LR, network=net).step,
         "G-SGD m": partial(optimizers[1].step, gradients),
         **{name: optimizer(tensors).step for name, optimizer in TORCH.items()},
         "NumPy SGD": partial(numpy_step, weights, gradients),

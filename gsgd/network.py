@@ -269,6 +269,16 @@ class Network:
             if reason is not None:
                 self._pins.setdefault(a, reason)
 
+    def _tie_each(self, a: Ids, b: Ids) -> None:
+        """Make one unit of each pair of nodes."""
+        differ = a != b
+        for i, j in np.unique(np.stack([a[differ], b[differ]]), axis=1).T.tolist():
+            self._tie(i, j)
+
+    def _pinned(self, nodes: Ids) -> NDArray[np.bool_]:
+        """Which nodes are pinned."""
+        return np.isin(nodes, [n for n in np.unique(nodes).tolist() if self._find(n) in self._pins])
+
     def _pin(self, nodes: Iterable[int], reason: str) -> None:
         for node in nodes:
             self._pins.setdefault(self._find(node), reason)
@@ -476,8 +486,7 @@ class Network:
             terms = tuple(nodes for nodes, _, _ in parts)
             out = self._new(len(terms[0]), "sum")
             for nodes in terms:
-                for a, b in zip(out.tolist(), nodes.tolist(), strict=True):
-                    self._tie(a, b)
+                self._tie_each(out, nodes)
             if residual == "pin":
                 self._pin(out.tolist(), "residual addition")
             self._operations.append(Sum(out, terms))

@@ -68,8 +68,9 @@ def balanced_scale(blocks: Sequence[Block], arrays: Mapping[str, NDArray[Any]], 
         if largest <= 1e-13 * max(1.0, float(np.abs(t).max())):
             break
         energy = np.zeros((len(layers), len(layers)))  # between layers, destinations first
-        for k, b in enumerate(blocks):
-            for source in np.unique(layer[b.cols]):
+        for source, reading in enumerate(readers):
+            for k in reading:
+                b = blocks[k]
                 from_there = np.where(layer[b.cols] == source, np.exp(-2 * t[b.cols]), 0.0)
                 into = sums_in(k, from_there) * np.exp(2 * t[b.rows])
                 energy[:, source] += np.bincount(layer[b.rows], into, len(layers))

@@ -218,18 +218,12 @@ class _Describe:
     def pin(self, nodes: Nodes, reason: str) -> None:
         self.net._pin(np.unique(_compact(nodes)[0]).tolist(), reason)
 
-    def pinned(self, nodes: Nodes) -> NDArray[np.bool_]:
-        return np.isin(nodes, [n for n in np.unique(nodes).tolist() if self.net._find(n) in self.net._pins])
-
     def is_constant(self, nodes: Nodes) -> bool:
         return bool((_compact(nodes)[0] == self.constant).all())
 
     def tie(self, a: Nodes, b: Nodes) -> None:
         """Make one unit of each pair of elements."""
-        x, y = _compact(a, b)
-        differ = x != y
-        for i, j in np.unique(np.stack([x[differ], y[differ]]), axis=1).T.tolist():
-            self.net._tie(i, j)
+        self.net._tie_each(*_compact(a, b))
 
     def collapse(self, nodes: Nodes, dims: Iterable[int]) -> Nodes:
         """What stands along `dims`, which keep extent 1, made one unit."""
@@ -325,7 +319,7 @@ class _Describe:
         if name in ("max", "min"):
             return [self.choose(shape, reads)]
         if name == "select_n":
-            if not self.pinned(self.nodes(reads[0])).all():
+            if not self.net._pinned(self.nodes(reads[0])).all():
                 raise _NotUnderstood("by a feature")
             return [self.choose(shape, reads[1:])]
         if name == "sign" or (name in COMPARING and any(i in self.zeros for i in reads)):
@@ -342,14 +336,14 @@ class _Describe:
             return self.weighted_sum(shape, (x, y), contracted, batch)
         nodes = self.read(self.nodes(read), contracted[1 - side][0])
         column = w.axes[contracted[side][0]]
-        part = (nodes, 1, "channels_first") if self.pinned(nodes).all() else segment(nodes)
+        part = (nodes, 1, "channels_first") if self.net._pinned(nodes).all() else segment(nodes)
         layout = "io" if column == 0 else "oi"
         features = self.net.dense(w.name, Features(self.net, (part,)), w.shape[1 - column], layout=layout)
         return _along(features.per_feature, 0 if side == 0 else len(shape) - 1, shape)
 
     def weighted_sum(self, shape: tuple[int, ...], factors: tuple[int, int], contracted: Any, batch: Any) -> Nodes:
         """Sums over positions, weighted by what is pinned: interpolation, the values of attention."""
-        pinned = [bool(self.pinned(_compact(self.nodes(i))[0]).all()) for i in factors]
+        pinned = [bool(self.net._pinned(_compact(self.nodes(i))[0]).all()) for i in factors]
         why = "not by a matrix of weights that is read once"
         if pinned[0] == pinned[1]:
             raise _NotUnderstood(why)
@@ -514,12 +508,12 @@ class _Describe:
         """A product scales as one factor if the other one is pinned."""
         p, q = (np.broadcast_to(self.nodes(i), shape) for i in (a, b))
         for i, other in ((a, q), (b, p)):
-            if not divide and self.weight(i) is not None and self.pinned(_compact(other)[0]).all():
+            if not divide and self.weight(i) is not None and self.net._pinned(_compact(other)[0]).all():
                 rows = self.vector(i)
                 if rows is not None:
                     return np.broadcast_to(rows, shape)
         x, y = _compact(p, q)
-        fixed = [self.pinned(n) for n in (x, y)]
+        fixed = [self.net._pinned(n) for n in (x, y)]
         if not (fixed[1] if divide else fixed[0] | fixed[1]).all():
             raise _NotUnderstood("by a feature")
         return np.broadcast_to(np.where(fixed[1], x, y), shape)

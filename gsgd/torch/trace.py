@@ -416,15 +416,9 @@ class _Describe(_Follow):
     def pin(self, nodes: Tensor, reason: str) -> None:
         self.net._pin(np.unique(_compact(nodes)[0]).tolist(), reason)
 
-    def pinned(self, nodes: Nodes) -> NDArray[np.bool_]:
-        return np.isin(nodes, [n for n in np.unique(nodes).tolist() if self.net._find(n) in self.net._pins])
-
     def tie(self, a: Tensor, b: Tensor) -> None:
         """Make one unit of each pair of elements."""
-        x, y = _compact(a, b)
-        differ = x != y
-        for i, j in np.unique(np.stack([x[differ], y[differ]]), axis=1).T.tolist():
-            self.net._tie(i, j)
+        self.net._tie_each(*_compact(a, b))
 
     def collapse(self, nodes: Tensor, dims: Iterable[int]) -> Tensor:
         """What stands along `dims`, which keep extent 1, made one unit."""
@@ -526,7 +520,7 @@ class _Describe(_Follow):
     def linear(self, out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         name = self.weight(weight)
         nodes = self.read(x, -1)
-        part = (nodes, 1, "channels_first") if self.pinned(nodes).all() else segment(nodes)
+        part = (nodes, 1, "channels_first") if self.net._pinned(nodes).all() else segment(nodes)
         features = Features(self.net, (part,))
         y = self.net.dense(name, features, weight.shape[0], bias=self.described(bias))
         return self.written(y, bias, -1, out.shape)
@@ -683,7 +677,7 @@ class _Describe(_Follow):
             return self.nodes(b)
         p, q = self.pair(a, b)
         x, y = _compact(p, q)
-        fixed = [self.pinned(n) for n in (x, y)]
+        fixed = [self.net._pinned(n) for n in (x, y)]
         if not (fixed[1] if divide else fixed[0] | fixed[1]).all():
             raise _NotUnderstood("by a feature")
         return torch.from_numpy(np.where(fixed[1], x, y)).expand(p.shape)
