@@ -239,8 +239,7 @@ class Network:
         self._batch_norm: dict[str, str] = {}
         self._writer: dict[int, str] = {}  # node -> the layer that made it
         self._compiled: _Compiled | None = None
-        self._others: tuple[str, ...] = ()  # parameters that a tracer saw and left out
-        self._reasons: dict[str, str] = {}  # and why, where it knows
+        self._plain: dict[str, str] = {}  # parameters that are known and not described -> reason
 
     # nodes and units
 
@@ -616,7 +615,21 @@ class Network:
         return net
 
     def without(self, names: Iterable[str], reason: str) -> Network:
-        """A copy that does not mention these parameters: the units that meet them are pinned, for this reason."""
+        """A copy that does not describe these parameters: they take plain steps, and what they meet is pinned.
+
+        Parameters
+        ----------
+        names : iterable of str
+        reason : str
+            What they are, such as "not trained"; `print` shows it.
+
+        Raises
+        ------
+        ValueError
+            The network describes no such parameter, or there is no reason.
+        TypeError
+            `reason` is no string.
+        """
         _text(reason, "without: reason")
         net, names = copy.deepcopy(self), list(dict.fromkeys(names))
         for name in names:
@@ -624,10 +637,21 @@ class Network:
                 raise ValueError(f"without: the network has no parameter {name!r}")
             layer = net._by_name.pop(name)
             net._operations.remove(layer)
+            net._batch_norm.pop(name, None)
             for _, _, rows, cols in layer.blocks:
-                net._pin([*rows.tolist(), *cols.tolist()], reason)
-        net._others = tuple(dict.fromkeys((*net._others, *names)))
+                net._pin([*rows.tolist(), *cols.tolist()], f"meets a parameter that is {reason}")
+            net._plain[name] = reason
         return net
+
+    def add_plain(self, names: Iterable[str], reason: str = "") -> None:
+        """Note parameters beside the network, which take plain steps; a reason that is known already stays."""
+        for name in names:
+            self._plain.setdefault(name, reason)
+
+    @property
+    def plain(self) -> dict[str, str]:
+        """Parameters that are known and not described, which take plain steps, and the reason ("" where unknown)."""
+        return dict(self._plain)
 
     # what follows from the description
 
@@ -719,8 +743,8 @@ class Network:
         lines.append("")
         lines.append(f"{weights:,} weights (m), {units:,} units (H), {weights - units:,} basis paths (m - H)")
         left_out: dict[str, list[str]] = {}
-        for name in self._others:
-            left_out.setdefault(self._reasons.get(name, ""), []).append(name)
+        for name, reason in self._plain.items():
+            left_out.setdefault(reason, []).append(name)
         for reason, names in left_out.items():
             lines.append(f"not described, plain steps: {', '.join(names)}" + (f" ({reason})" if reason else ""))
         return "\n".join(lines)

@@ -427,7 +427,7 @@ def _restrict(network: Network, params: Tree, leaves: Mapping[str, Any]) -> Netw
     for name in missing:
         if not any(name == m or name.startswith(f"{m}.") for m in masked):
             raise ValueError(f"parameter {name!r} of the network is missing in params, which has {others}")
-    return network.without(missing, "meets a parameter of another transformation") if missing else network
+    return network.without(missing, "trained by another transformation") if missing else network
 
 
 def _is_placeholder(params: Tree) -> bool:

@@ -298,7 +298,7 @@ def test_what_is_left_out_has_a_reason() -> None:
         return (h + p["table"][0] * jnp.tanh(p["scale"])) @ p["out"], p["alone"].T
 
     net = traced(apply, params, images(4, channels=3))
-    assert net._reasons == {
+    assert net.plain == {
         "alone": "read by the output",
         "scale": "read by tanh in the function",
         "square": "read 2 times, first by dot_general in the function: not by a matrix of weights that is read once",
@@ -306,6 +306,24 @@ def test_what_is_left_out_has_a_reason() -> None:
         "unused": "not read",
     }
     assert "not described, plain steps: scale (read by tanh in the function)" in str(net)
+
+
+def test_parameters_that_one_leaves_out_take_plain_steps() -> None:
+    params = {"a": random(w=(3, 4), b=(4,)), "c": random(w=(4, 5)), "d": random(w=(5, 2))}
+
+    def apply(p: Params, x: Any) -> Any:
+        return jax.nn.relu(jax.nn.relu(x @ p["a"]["w"] + p["a"]["b"]) @ p["c"]["w"]) @ p["d"]["w"]
+
+    x = images(4, channels=3)
+    net = gjax.trace(apply, params, x, leave_out="a")
+    gjax.verify(apply, params, net, x)
+    assert net.shapes.keys() == {"c.w", "d.w"}
+    assert net.num_units == 5
+    assert net.plain == {"a.b": "left out", "a.w": "left out"}
+    assert "meets a parameter that is left out" in net.pins.values()
+    assert gjax.trace(apply, params, x, leave_out=["d.w"]).num_units == 4
+    with pytest.raises(ValueError, match=r"leave_out: nothing is named 'c.v'.*'c.w'"):
+        gjax.trace(apply, params, x, leave_out="c.v")
 
 
 def test_a_wrong_network_is_caught() -> None:

@@ -673,7 +673,7 @@ def test_parameters_that_are_not_described_are_listed_with_reasons() -> None:
     model = models.mlp((4, 8, 8, 3))
     model[4].weight.requires_grad_(False)
     assert "not described, plain steps: 4.weight (not trained)" in str(GSGD(model).network)
-    assert str(trace(model).without(["4.weight"], "frozen")).endswith("not described, plain steps: 4.weight")
+    assert str(trace(model).without(["4.weight"], "frozen")).endswith("not described, plain steps: 4.weight (frozen)")
 
 
 @pytest.mark.parametrize(
@@ -737,7 +737,51 @@ def test_only_a_tuple_is_several_arguments() -> None:
     layer = nn.Linear(4, 3)
     several = Call(lambda m, x, y: m.a(x) + m.a(y), a=layer)
     alone = Call(lambda m, xs: m.a(xs[0]), a=layer)
-    assert trace(several, (vectors(4), vectors(4)))._others
+    assert trace(several, (vectors(4), vectors(4))).plain
     assert trace(alone, [vectors(4), vectors(4)]).shapes
     with pytest.raises(ValueError, match="can't be followed"):
         trace(several, [vectors(4), vectors(4)])
+
+
+def test_what_is_left_out_takes_plain_steps() -> None:
+    """By name or by module: not described, what it meets is pinned, and both are shown."""
+    torch.manual_seed(0)
+    model = models.mlp((5, 6, 7, 8, 3))
+    net, x = trace(model, leave_out=("2.weight", "6")), vectors(5)
+    assert net.shapes.keys() == {"0.weight", "0.bias", "2.bias", "4.weight", "4.bias"}
+    assert net.num_units == 0
+    assert trace(model, leave_out="0.bias").num_units == 7 + 8
+    assert trace(model, leave_out=()).num_units == 6 + 7 + 8
+    assert str(net).endswith("not described, plain steps: 2.weight, 6.weight, 6.bias (left out)")
+    assert set(net.pins.values()) >= {"meets a parameter that is left out"}
+    verify(model, net, x)
+    unused = Call(lambda m, x: m.i(x), i=nn.Linear(5, 2), j=nn.Linear(5, 2))
+    assert trace(unused, leave_out="j").plain == {"j.weight": "left out", "j.bias": "left out"}
+    for names, message in (
+        ("2.wieght", r"leave_out: nothing is named '2.wieght'.*'2.weight'"),
+        (["0", "conv1"], "leave_out: nothing is named 'conv1'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            trace(model, leave_out=names)
+    with pytest.raises(TypeError, match="leave_out: expected names, got 3"):
+        trace(model, leave_out=[3])  # type: ignore[list-item]
+    with pytest.raises(ValueError, match="pin_after: nothing is named 'stage'"):
+        trace(model, pin_after="stage")
+
+
+@pytest.mark.parametrize("mode", ["paper", "released"])
+def test_the_authors_protocol(mode: Any) -> None:
+    """Stem, shortcuts and classifier outside, with raw gradients; one chain per stage."""
+    model = models.resnet34(4)
+    names = [name for name, _ in model.named_parameters()]
+    shortcuts = {name.rpartition(".")[0] for name in names if "downsample.0" in name}
+    stages = [f"layers.{i}" for i in range(4)]
+    net = trace(model, residual="pin", batch_norm=mode, leave_out=("conv1", "fc", *shortcuts), pin_after=stages)
+    assert len(shortcuts) == 3
+    assert net.shapes.keys() == {name for name in names if name.startswith("layers") and "conv" in name}
+    assert {block.batch_norm for block in net.blocks} == {mode}
+    assert net.num_units == 4 * (3 + 8 + 24 + 24)  # between the two convolutions of a block
+    plain = trace(models.plain34(4), batch_norm=mode, leave_out=("conv1", "fc"), pin_after=stages)
+    last = trace(models.plain34(4), batch_norm=mode, leave_out=("conv1", "fc"))
+    assert last.num_units - plain.num_units == 4 * (1 + 2 + 4)  # the last stage's end meets the classifier
+    assert "output of layers.0" in plain.pins.values()

@@ -24,6 +24,7 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var
 from numpy.typing import NDArray
 
 from gsgd.network import Features, Network, Residual, segment
+from gsgd.trace.names import match
 
 Nodes = NDArray[np.int64]
 
@@ -84,7 +85,13 @@ def names(params: Any) -> list[str]:
     return found
 
 
-def trace(apply: Callable[..., Any], params: Any, example: Any, residual: Residual = "tie") -> Network:
+def trace(
+    apply: Callable[..., Any],
+    params: Any,
+    example: Any,
+    residual: Residual = "tie",
+    leave_out: str | Iterable[str] = (),
+) -> Network:
     """Describe ``apply(params, *example)`` as a `gsgd.Network`, with parameters under their `names`.
 
     Nothing is computed. Anything that is not understood pins the units that meet it, and ``print(net)`` shows the
@@ -104,6 +111,14 @@ def trace(apply: Callable[..., Any], params: Any, example: Any, residual: Residu
         The inputs, a tuple for several. Only shapes and dtypes are used: `jax.ShapeDtypeStruct` will do.
     residual : {"tie", "pin"}
         What additions do to the units they add; see `Network.add`.
+    leave_out : str or iterable of str
+        `names` of parameters, or prefixes of them (of modules), that take plain steps; the units that meet them are
+        pinned.
+
+    Raises
+    ------
+    ValueError
+        `leave_out` names no parameter, or two parameters have the same name.
 
     Notes
     -----
@@ -114,10 +129,17 @@ def trace(apply: Callable[..., Any], params: Any, example: Any, residual: Residu
     if residual not in ("tie", "pin"):
         raise ValueError(f"residual {residual!r}: expected 'tie' or 'pin'")
     args = example if isinstance(example, tuple) else (example,)
+    known = names(params)
+    left_out = match(leave_out, known, "leave_out")
     closed = jax.make_jaxpr(apply)(params, *args)
     describe = _Describe(residual)
-    describe.follow(closed, names(params))
-    return describe.net
+    describe.follow(closed, known)
+    net = describe.net.without([name for name in left_out if name in describe.net.shapes], "left out")
+    net.add_plain(left_out, "left out")
+    for name in known:
+        if name not in net.shapes:
+            net.add_plain([name], describe.reasons.get(name, "not read"))
+    return net
 
 
 class _Describe:
@@ -146,8 +168,6 @@ class _Describe:
             self.ends(i, "the output")
             self.pin(self.nodes(i), "network output")
         self.net._pin_unmet()
-        self.net._others = tuple(name for name in params if name not in self.net.shapes)
-        self.net._reasons = {name: self.reasons.get(name, "not read") for name in self.net._others}
 
     # the jaxpr
 

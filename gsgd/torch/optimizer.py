@@ -274,10 +274,8 @@ class _PathOptimizer(torch.optim.Optimizer):
             first, other = next(iter(network.shapes)), next(iter(tensors))
             raise ValueError(f"params: expected names of the network, like {first!r}, got names like {other!r}")
         fixed = [n for n in network.shapes if n not in tensors or not tensors[n].requires_grad]
-        self.network = network.without(fixed, "meets a parameter that is not trained")
-        self.network._reasons |= dict.fromkeys(fixed, "not trained")
-        others = [n for n in tensors if n not in network.shapes]
-        self.network._others = tuple(dict.fromkeys((*self.network._others, *others)))
+        self.network = network.without(fixed, "not trained")
+        self.network.add_plain(n for n in tensors if n not in network.shapes)
         if not self.network.num_units:
             warnings.warn("no unit was found that can be rescaled: every step is a plain one", stacklevel=3)
         self._scale, self._rule = scale, rule

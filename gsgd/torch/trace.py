@@ -20,7 +20,7 @@ import random
 import re
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -33,6 +33,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from gsgd.network import BatchNormMode, Features, Network, Residual, segment
+from gsgd.trace.names import match
 
 Nodes = NDArray[np.int64]
 
@@ -80,6 +81,8 @@ def trace(
     example_inputs: Tensor | tuple[Any, ...] | Mapping[str, Any] | None = None,
     residual: Residual = "tie",
     batch_norm: BatchNormMode = "exact",
+    leave_out: str | Iterable[str] = (),
+    pin_after: str | Iterable[str] = (),
 ) -> Network:
     """Describe `model` as a `gsgd.Network`, with parameters under their ``named_parameters()`` names.
 
@@ -99,10 +102,17 @@ def trace(
         What additions do to the units they add; see `Network.add`.
     batch_norm : {"exact", "paper", "released"}
         See `Network.batch_norm`.
+    leave_out : str or iterable of str
+        Names of parameters or of modules whose parameters take plain steps; the units that meet them are pinned. A
+        convolution that is left out takes raw gradients whatever `batch_norm` is.
+    pin_after : str or iterable of str
+        Names of modules whose outputs are pinned: chains end there. With ``("layer1", "layer2")`` every stage of a
+        residual network has chains of its own.
 
     Raises
     ------
     ValueError
+        `leave_out` or `pin_after` names nothing. Or:
         The forward pass cannot be followed: it fails on the inputs, it branches on a tensor's values, or a value is
         made out of sight (TorchScript, an extension). The message names the module and the operation.
         Or the model can't be copied, or its forward reads the original's parameters (by a closure).
@@ -121,15 +131,22 @@ def trace(
         raise ValueError(f"batch_norm {batch_norm!r}: expected 'exact', 'paper' or 'released'")
     inner, names = unwrap(model)
     ghost, parameters = _ghost(inner, names)
+    left_out = match(leave_out, names.values(), "leave_out")
+    ends = {pin_after} if isinstance(pin_after, str) else set(pin_after)
+    outer = {id(module): name for name, module in model.named_modules()}
+    match(ends, outer.values(), "pin_after")
+    ends = {name for name, module in inner.named_modules() if outer[id(module)] in ends}
     given = arguments(example_inputs) if example_inputs is not None else None
     args, kwargs, reads = _count_reads(ghost, given, {id(p) for p in inner.parameters()})
-    describe = _Describe(Network(), residual, batch_norm, parameters, reads)
+    describe = _Describe(Network(), residual, batch_norm, parameters, reads, ends)
     describe.follow(ghost, args, kwargs)
-    net, alone = describe.net, set(parameters.values())
-    net._others = tuple(name for name in names.values() if name not in net.shapes)
-    for name in net._others:
-        read = describe.reasons.get(name, "not read by the forward pass")
-        net._reasons[name] = read if name in alone else "shares its memory with another"
+    alone = set(parameters.values())
+    net = describe.net.without([name for name in left_out if name in describe.net.shapes], "left out")
+    net.add_plain(left_out, "left out")
+    for name in names.values():
+        if name not in net.shapes:
+            read = describe.reasons.get(name, "not read by the forward pass")
+            net.add_plain([name], read if name in alone else "shares its memory with another")
     return net
 
 
@@ -307,7 +324,7 @@ class _Follow(TorchFunctionMode):
         for name, module in model.named_modules():
             self.enter(_own_tensors(module))
             module.register_forward_pre_hook(lambda _module, _args, name=name: self.path.append(name))
-            module.register_forward_hook(self._leave)
+            module.register_forward_hook(lambda _module, _args, out, name=name: self.leave(name, out))
         args, kwargs = tree_map_only(Tensor, self.start, (args, kwargs))
         try:
             with kept_random_states(), torch.enable_grad(), torch.compiler.set_stance("force_eager"), self:
@@ -320,7 +337,8 @@ class _Follow(TorchFunctionMode):
             raise ValueError(message) from error
         self.finish(model, output_tensors(out))
 
-    def _leave(self, *_: Any) -> None:
+    def leave(self, name: str, out: Any) -> None:
+        """The module of this name has returned."""
         self.path.pop()
 
     def start(self, t: Tensor) -> Tensor:
@@ -371,10 +389,11 @@ class _Describe(_Follow):
         batch_norm: BatchNormMode,
         parameters: Mapping[int, str],
         reads: Mapping[int, int],
+        ends: Collection[str],
     ) -> None:
         super().__init__()
         self.net, self.residual, self.batch_norm = net, residual, batch_norm
-        self.parameters, self.reads = parameters, reads
+        self.parameters, self.reads, self.ends = parameters, reads, ends
         self.constant = int(net.input(1, "constant").per_feature[0])
         self.known: dict[int, tuple[Tensor, Tensor]] = {}  # id -> the value, kept alive, and its nodes
         self.drawn: set[int] = set()  # ids of what was made of random numbers
@@ -404,6 +423,12 @@ class _Describe(_Follow):
 
     def enter(self, tensors: list[Tensor]) -> None:
         self.known.update((id(t), (t, _scalar(self.constant).expand(t.shape))) for t in tensors)
+
+    def leave(self, name: str, out: Any) -> None:
+        super().leave(name, out)
+        if name in self.ends:
+            for t in output_tensors(out):
+                self.pin(self.nodes(t), f"output of {name}")
 
     def finish(self, model: nn.Module, outputs: list[Tensor]) -> None:
         for t in outputs:

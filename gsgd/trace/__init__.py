@@ -1,0 +1,1 @@
+"""What the tracers of PyTorch and JAX share."""
