@@ -336,6 +336,13 @@ static PyObject *Plan_set_reference(PyObject *object, PyObject *args) {
     Py_RETURN_NONE;
 }
 
+/* The norms of chains from an array of one per unit, or None: then *ok and NULL. */
+static const double *take_norm(const Plan *self, PyObject *x, int *ok) {
+    const double *norm = x == Py_None ? NULL : take_units(self, x, NPY_FLOAT64, 1, "norm");
+    *ok = x == Py_None || norm != NULL;
+    return norm;
+}
+
 /* Hyperparameters from a contiguous float64 array with a row per array: the fields of gsgd_rates, in their
  * order. */
 static const gsgd_rates *take_rates(Plan *self, PyObject *x) {
@@ -394,13 +401,15 @@ static int refuse_overlap(const Plan *self, const gsgd_array *weights, const gsg
 
 static PyObject *Plan_step(PyObject *object, PyObject *args) {
     Plan *self = (Plan *)object;
-    PyObject *weights, *gradients, *sums, *first, *second, *rates;
+    PyObject *weights, *gradients, *sums, *norm, *first, *second, *rates;
     gsgd_options o;
+    int ok;
     const gsgd_array *w, *g, *s, *m, *v;
-    if (!PyArg_ParseTuple(args, "OOOOOOdi", &weights, &gradients, &sums, &first, &second, &rates,
-                          &o.max_ratio, &o.threads))
+    if (!PyArg_ParseTuple(args, "OOOOOOOddi", &weights, &gradients, &sums, &norm, &first, &second, &rates,
+                          &o.max_ratio, &o.clip_norm, &o.threads))
         return NULL;
-    if (!enter(self))
+    o.norm = take_norm(self, norm, &ok);
+    if (!ok || !enter(self))
         return NULL;
     ptrdiff_t clamped = 0;
     int64_t unit = -1;
@@ -443,17 +452,21 @@ static PyObject *Plan_path_values(PyObject *object, PyObject *args) {
 
 static PyObject *Plan_path_gradients(PyObject *object, PyObject *args) {
     Plan *self = (Plan *)object;
-    PyObject *weights, *gradients, *sums, *out;
+    PyObject *weights, *gradients, *sums, *norm, *out;
+    int ok;
     const gsgd_array *w, *g, *s, *d;
     gsgd_status status = GSGD_OK;
-    if (!PyArg_ParseTuple(args, "OOOO", &weights, &gradients, &sums, &out) || !enter(self))
+    if (!PyArg_ParseTuple(args, "OOOOO", &weights, &gradients, &sums, &norm, &out))
+        return NULL;
+    const double *norms = take_norm(self, norm, &ok);
+    if (!ok || !enter(self))
         return NULL;
     if ((w = take_arrays(self, weights, 0, "parameter", 0, 0)) != NULL &&
         (g = take_arrays(self, gradients, 1, "gradient", 0, 0)) != NULL &&
         (s = take_arrays(self, sums, 2, "summed gradient", 0, 0)) != NULL &&
         (d = take_arrays(self, out, 3, "path gradient", 1, 1)) != NULL) {
         Py_BEGIN_ALLOW_THREADS
-        status = gsgd_path_gradients(self->plan, w, g, s, d);
+        status = gsgd_path_gradients(self->plan, w, g, s, norms, d);
         Py_END_ALLOW_THREADS
     }
     leave(self);
@@ -490,9 +503,10 @@ static PyMethodDef Plan_methods[] = {
      "set_trees(in_edges, out_edges) -> whether each in-edge is free"},
     {"set_reference", Plan_set_reference, METH_VARARGS, "set_reference(in_weights, out_weights, c)"},
     {"step", Plan_step, METH_VARARGS,
-     "step(weights, gradients, sums, m, v, rates, max_ratio, threads) -> number clamped"},
+     "step(weights, gradients, sums, norm, m, v, rates, max_ratio, clip_norm, threads) -> number clamped"},
     {"path_values", Plan_path_values, METH_VARARGS, "path_values(weights, values, logs)"},
-    {"path_gradients", Plan_path_gradients, METH_VARARGS, "path_gradients(weights, gradients, sums, out)"},
+    {"path_gradients", Plan_path_gradients, METH_VARARGS,
+     "path_gradients(weights, gradients, sums, norm, out)"},
     {"allocate", Plan_allocate, METH_VARARGS, "allocate(weights, ratios, out)"},
     {NULL, NULL, 0, NULL},
 };
