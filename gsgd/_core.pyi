@@ -22,7 +22,7 @@ class Plan:
     def step(
         self,
         weights: list[Any],
-        gradients: list[Any],
+        gradients: list[Any] | NDArray[np.uintp],  # addresses of buffers that are laid out as the weights; 0 for none
         sums: list[Any] | None,
         norm: NDArray[np.float64] | None,
         m: list[Any],

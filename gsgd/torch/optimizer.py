@@ -186,16 +186,14 @@ class _CoreEngine(_Engine):
         stats.steps += 1
         stats.clamped += clamped
 
-    def addresses_of(self, gradients: Tensors) -> list[Any]:
-        """An address will do where a gradient is laid out as its parameter."""
-        return [
-            None
-            if g is None
-            else g.data_ptr()
-            if g.stride() == stride and g.shape == shape and g.dtype is dtype
-            else g.numpy()
+    def addresses_of(self, gradients: Tensors) -> Any:
+        """Addresses will do where all gradients are laid out as their parameters."""
+        if all(
+            g is None or (g.stride() == stride and g.shape == shape and g.dtype is dtype)
             for g, (stride, shape, dtype) in zip(gradients, self.layouts, strict=True)
-        ]
+        ):
+            return np.array([0 if g is None else g.data_ptr() for g in gradients], dtype=np.uintp)
+        return [None if g is None else g.numpy() for g in gradients]
 
     def as_arrays(self, gradients: Tensors) -> list[NDArray[Any] | None]:
         """NumPy views of gradients."""
