@@ -187,6 +187,10 @@ UNDERSTOOD: dict[str, tuple[Callable[[Between, Tensor], Tensor], int]] = {
     "lp pool": (lambda m, x: F.lp_pool2d(x, 2, 2), 8),
     "interpolate": (lambda m, x: F.interpolate(x, scale_factor=2, mode="bicubic"), 8),
     "reflect": (lambda m, x: F.pad(x, (1, 1, 1, 1), mode="reflect"), 8),
+    "reflected channels": (
+        lambda m, x: F.pad(x.flatten(2).mT, (2, 2), mode="reflect")[..., 4:].mT.reshape(x.shape),
+        1,
+    ),
     "zeros": (lambda m, x: F.pad(x, (1, -1, 2, 0)), 8),
     "zeros for channels": (lambda m, x: m.c(x) + F.pad(x[:, :4], (0, 0, 0, 0, 2, 2)), 8 + 8 - 4),
     "constant factor": (lambda m, x: -2 * x / 3, 8),

@@ -167,7 +167,7 @@ class _Describe:
         for i in outputs:
             self.ends(i, "the output")
             self.pin(self.nodes(i), "network output")
-        self.net._pin_unmet()
+        self.net.pin_unmet()
 
     # the jaxpr
 
@@ -231,19 +231,18 @@ class _Describe:
         w = self.weight(i)
         if w is None or not w.shape or len(w.shape) > 6 or math.prod(w.shape) != max(w.shape):
             return None
-        rows = self.net._new(max(w.shape), w.name)
-        self.net._source_layer(w.name, "bias", rows, w.shape)
+        rows = self.net.vector(w.name, w.shape).per_feature
         return rows.reshape([1 if axis < 0 else w.shape[axis] for axis in w.axes])
 
     def pin(self, nodes: Nodes, reason: str) -> None:
-        self.net._pin(np.unique(_compact(nodes)[0]).tolist(), reason)
+        self.net.nodes.pin(_compact(nodes)[0], reason)
 
     def is_constant(self, nodes: Nodes) -> bool:
         return bool((_compact(nodes)[0] == self.constant).all())
 
     def tie(self, a: Nodes, b: Nodes) -> None:
         """Make one unit of each pair of elements."""
-        self.net._tie_each(*_compact(a, b))
+        self.net.nodes.tie(*_compact(a, b))
 
     def collapse(self, nodes: Nodes, dims: Iterable[int]) -> Nodes:
         """What stands along `dims`, which keep extent 1, made one unit."""
@@ -339,7 +338,7 @@ class _Describe:
         if name in ("max", "min"):
             return [self.choose(shape, reads)]
         if name == "select_n":
-            if not self.net._pinned(self.nodes(reads[0])).all():
+            if not self.net.nodes.is_pinned(self.nodes(reads[0])).all():
                 raise _NotUnderstood("by a feature")
             return [self.choose(shape, reads[1:])]
         if name == "sign" or (name in COMPARING and any(i in self.zeros for i in reads)):
@@ -356,14 +355,14 @@ class _Describe:
             return self.weighted_sum(shape, (x, y), contracted, batch)
         nodes = self.read(self.nodes(read), contracted[1 - side][0])
         column = w.axes[contracted[side][0]]
-        part = (nodes, 1, "channels_first") if self.net._pinned(nodes).all() else segment(nodes)
+        part = (nodes, 1, "channels_first") if self.net.nodes.is_pinned(nodes).all() else segment(nodes)
         layout = "io" if column == 0 else "oi"
         features = self.net.dense(w.name, Features(self.net, (part,)), w.shape[1 - column], layout=layout)
         return _along(features.per_feature, 0 if side == 0 else len(shape) - 1, shape)
 
     def weighted_sum(self, shape: tuple[int, ...], factors: tuple[int, int], contracted: Any, batch: Any) -> Nodes:
         """Sums over positions, weighted by what is pinned: interpolation, the values of attention."""
-        pinned = [bool(self.net._pinned(_compact(self.nodes(i))[0]).all()) for i in factors]
+        pinned = [bool(self.net.nodes.is_pinned(_compact(self.nodes(i))[0]).all()) for i in factors]
         why = "not by a matrix of weights that is read once"
         if pinned[0] == pinned[1]:
             raise _NotUnderstood(why)
@@ -434,7 +433,7 @@ class _Describe:
             raise _NotUnderstood(f"with weights {layout!r}")
         if layout.startswith("io") and feature_group_count != 1:
             raise _NotUnderstood(f"in groups, with weights {layout!r}")
-        channels = self.net._features(self.read(self.nodes(x), of_input[1]))
+        channels = self.net.features(self.read(self.nodes(x), of_input[1]))
         features = self.net.conv(
             w.name,
             channels,
@@ -484,7 +483,7 @@ class _Describe:
                 continue
             if min(before, after) < 0 or between:
                 raise _NotUnderstood("of this form")
-            ends = [self.net._new(n, "zero padding") for n in (before, after)]
+            ends = [self.net.nodes.new(n, "zero padding") for n in (before, after)]
             parts = [_along(z, d, (*nodes.shape[:d], len(z), *nodes.shape[d + 1 :])) for z in ends]
             nodes = np.concatenate([parts[0], nodes, parts[1]], axis=d)
         return nodes
@@ -520,7 +519,7 @@ class _Describe:
             raise _NotUnderstood("of a constant")
         compact = _compact(p, q)
         pairs, which = np.unique(np.stack([n.ravel() for n in compact]), axis=1, return_inverse=True)
-        terms = [self.net._features(nodes) for nodes in pairs]
+        terms = [self.net.features(nodes) for nodes in pairs]
         out = self.net.add(*terms, residual="tie" if any(of_weights) else self.residual).per_feature
         return np.broadcast_to(out[which].reshape(compact[0].shape), shape)
 
@@ -528,12 +527,12 @@ class _Describe:
         """A product scales as one factor if the other one is pinned."""
         p, q = (np.broadcast_to(self.nodes(i), shape) for i in (a, b))
         for i, other in ((a, q), (b, p)):
-            if not divide and self.weight(i) is not None and self.net._pinned(_compact(other)[0]).all():
+            if not divide and self.weight(i) is not None and self.net.nodes.is_pinned(_compact(other)[0]).all():
                 rows = self.vector(i)
                 if rows is not None:
                     return np.broadcast_to(rows, shape)
         x, y = _compact(p, q)
-        fixed = [self.net._pinned(n) for n in (x, y)]
+        fixed = [self.net.nodes.is_pinned(n) for n in (x, y)]
         if not (fixed[1] if divide else fixed[0] | fixed[1]).all():
             raise _NotUnderstood("by a feature")
         return np.broadcast_to(np.where(fixed[1], x, y), shape)

@@ -436,14 +436,14 @@ class _Describe(_Follow):
         for name, module in model.named_modules():
             for t in _own_tensors(module):
                 self.pin(self.nodes(t), f"kept by {name or 'the model'}")
-        self.net._pin_unmet()
+        self.net.pin_unmet()
 
     def pin(self, nodes: Tensor, reason: str) -> None:
-        self.net._pin(np.unique(_compact(nodes)[0]).tolist(), reason)
+        self.net.nodes.pin(_compact(nodes)[0], reason)
 
     def tie(self, a: Tensor, b: Tensor) -> None:
         """Make one unit of each pair of elements."""
-        self.net._tie_each(*_compact(a, b))
+        self.net.nodes.tie(*_compact(a, b))
 
     def collapse(self, nodes: Tensor, dims: Iterable[int]) -> Tensor:
         """What stands along `dims`, which keep extent 1, made one unit."""
@@ -545,7 +545,7 @@ class _Describe(_Follow):
     def linear(self, out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         name = self.weight(weight)
         nodes = self.read(x, -1)
-        part = (nodes, 1, "channels_first") if self.net._pinned(nodes).all() else segment(nodes)
+        part = (nodes, 1, "channels_first") if self.net.nodes.is_pinned(nodes).all() else segment(nodes)
         features = Features(self.net, (part,))
         y = self.net.dense(name, features, weight.shape[0], bias=self.described(bias))
         return self.written(y, bias, -1, out.shape)
@@ -566,7 +566,7 @@ class _Describe(_Follow):
         # conv(..., dilation, groups) and conv_transpose(..., output_padding, groups, dilation)
         groups = kwargs.get("groups", more[1] if len(more) > 1 else 1)
         name = self.weight(weight)
-        channels = self.net._features(self.read(x, -spatial - 1))
+        channels = self.net.features(self.read(x, -spatial - 1))
         layout = "iohw" if transposed else "oihw"
         y = self.net.conv(
             name,
@@ -596,8 +596,8 @@ class _Describe(_Follow):
         *_: Any,
         **options: Any,
     ) -> Tensor:
-        channels = self.net._features(self.read(x, 1))
-        if self.batch_norm != "exact" and any(n not in self.net._writer for n in channels.per_feature.tolist()):
+        channels = self.net.features(self.read(x, 1))
+        if self.batch_norm != "exact" and not self.net.is_written(channels):
             raise _NotUnderstood("no layer is right before it")
         if weight is not None and self.described(weight) is None:
             self.pin(self.nodes(weight), f"{self.current}: as its weight")
@@ -668,7 +668,7 @@ class _Describe(_Follow):
                 nodes = self.collapse(nodes, [d]).expand(*nodes.shape[:d], shape[d], *nodes.shape[d + 1 :])
                 continue
             nodes = nodes.narrow(d, max(0, -before), nodes.shape[d] - max(0, -before) - max(0, -after))
-            zeros = [self.net._new(max(0, n), "zero padding") for n in (before, after)]
+            zeros = [self.net.nodes.new(max(0, n), "zero padding") for n in (before, after)]
             ends = [_along(z, d, (*nodes.shape[:d], len(z), *nodes.shape[d + 1 :])) for z in zeros]
             nodes = torch.cat([ends[0], nodes, ends[1]], d)
         return nodes
@@ -688,7 +688,7 @@ class _Describe(_Follow):
         if (x == self.constant).all() or (y == self.constant).all():
             raise _NotUnderstood("of a constant")
         pairs, which = np.unique(np.stack([x.ravel(), y.ravel()]), axis=1, return_inverse=True)
-        terms = [self.net._features(nodes) for nodes in pairs]
+        terms = [self.net.features(nodes) for nodes in pairs]
         out = self.net.add(*terms, residual=self.residual).per_feature
         return torch.from_numpy(out[which].reshape(x.shape)).expand(p.shape)
 
@@ -702,7 +702,7 @@ class _Describe(_Follow):
             return self.nodes(b)
         p, q = self.pair(a, b)
         x, y = _compact(p, q)
-        fixed = [self.net._pinned(n) for n in (x, y)]
+        fixed = [self.net.nodes.is_pinned(n) for n in (x, y)]
         if not (fixed[1] if divide else fixed[0] | fixed[1]).all():
             raise _NotUnderstood("by a feature")
         return torch.from_numpy(np.where(fixed[1], x, y)).expand(p.shape)
