@@ -105,7 +105,8 @@ class Network:
     """A feed-forward network of positively homogeneous units, described layer by layer.
 
     Every method that adds a layer takes and returns `Features`. Layers are named by their parameters.
-    Network inputs and outputs, and whatever is given to `pin`, are *pinned*: never rescaled.
+    Network inputs and outputs, and whatever is given to `pin`, are *pinned*: never rescaled. A method that raises leaves
+    the network as it was; features of another network are a ValueError.
 
     Examples
     --------
@@ -150,7 +151,15 @@ class Network:
     # layers: everything is checked before the first node is made, so that an error leaves the network as it was
 
     def input(self, channels: int, reason: str = "network input") -> Features:
-        """`channels` pinned channels: what the network reads (or what an operation that is not described makes)."""
+        """`channels` pinned channels: what the network reads (or what an operation that is not described makes).
+
+        Raises
+        ------
+        ValueError
+            `channels` is negative, or `reason` empty.
+        TypeError
+            `channels` is no integer, or `reason` no string.
+        """
         channels = _integer(channels, "input: channels", least=0)
         nodes = self.nodes.new(channels, _text(reason, "input: reason"))
         self.nodes.pin(nodes, reason)
@@ -169,6 +178,13 @@ class Network:
             Parameters of shapes ``(features, x.count)`` and ``(features,)``.
         layout : {"oi", "io"}
             "io": the weight is ``(x.count, features)``.
+
+        Raises
+        ------
+        ValueError
+            A name is described already; `features` or `x.count` is below 1; or `layout` is another.
+        TypeError
+            `x` is nothing that a layer returns, a name no string, or `features` no integer.
         """
         self._check_names(name, *_given(bias))
         self._check(x, name)
@@ -221,6 +237,14 @@ class Network:
             "oihw": ``(features, channels / groups, *kernel)``; "hwio": ``(*kernel, channels / groups, features)``;
             "iohw": ``(channels, features / groups, *kernel)``, a transposed convolution. The spatial letters
             stand for however many `kernel` has.
+
+        Raises
+        ------
+        ValueError
+            A name is described already; an extent is below 1; `groups` does not divide both counts; `x` is flattened; or `layout`
+            is none of these.
+        TypeError
+            `x` is nothing that a layer returns, a name no string, or an extent no integer.
         """
         self._check_names(name, *_given(bias))
         cols = self._channels(x, name)
@@ -305,7 +329,15 @@ class Network:
     def flatten(
         self, x: Features, positions: int, order: Literal["channels_first", "channels_last"] = "channels_first"
     ) -> Features:
-        """Channels seen at `positions` places, as one vector of features."""
+        """Channels seen at `positions` places, as one vector of ``x.count * positions`` features.
+
+        Raises
+        ------
+        ValueError
+            `x` is flattened already, `positions` is below 1, or `order` is another.
+        TypeError
+            `x` is nothing that a layer returns, or `positions` no integer.
+        """
         if order not in ("channels_first", "channels_last"):
             raise ValueError(f"order {order!r}: expected 'channels_first' or 'channels_last'")
         positions = _integer(positions, "flatten: positions")
@@ -317,6 +349,13 @@ class Network:
 
         ``residual="tie"`` makes one unit of the channels that are added: scaling all writers by c and all readers
         by 1/c is exact. ``"pin"`` pins them, as the paper does (section 10.2).
+
+        Raises
+        ------
+        ValueError
+            Counts differ, or `residual` is another.
+        TypeError
+            An argument is nothing that a layer returns.
         """
         if residual not in ("tie", "pin"):
             raise ValueError(f"residual {residual!r}: expected 'tie' or 'pin'")
@@ -340,7 +379,15 @@ class Network:
         return Features(self, tuple(segments))
 
     def concat(self, *xs: Features) -> Features:
-        """Features side by side."""
+        """Features side by side.
+
+        Raises
+        ------
+        ValueError
+            There is no argument.
+        TypeError
+            An argument is nothing that a layer returns.
+        """
         if not xs:
             raise ValueError("concat: expected at least one argument")
         for x in xs:
@@ -350,7 +397,15 @@ class Network:
         return Features(self, tuple(s for x in xs for s in x.segments))
 
     def take(self, x: Features, features: slice | Sequence[int] | Ids) -> Features:
-        """Some of the features, in any order: a slice, a chunk, a shuffle of channels."""
+        """Some of the features, in any order: a slice, a chunk, a shuffle of channels.
+
+        Raises
+        ------
+        ValueError
+            `features` is neither a slice nor a list of indices of `x`.
+        TypeError
+            `x` is nothing that a layer returns.
+        """
         self._check(x, "take")
         expected = f"take: expected a slice or a list of indices of {x.count} features"
         try:
@@ -380,6 +435,14 @@ class Network:
             units pass through and the layer before is given gradients times the norm of each row; gamma and beta
             are left to plain SGD. "released": as the authors' released code does, the norm over input channels
             only, and raw gradients in the sums. The last two are approximations, no symmetry.
+
+        Raises
+        ------
+        ValueError
+            A name is described already; `x` is flattened; `mode` is another; or, unless it is "exact", `x` is not the
+            output of a dense or convolution layer.
+        TypeError
+            `x` is nothing that a layer returns, or a name no string.
         """
         names = _given(weight, bias)
         self._check_names(*names)
@@ -402,7 +465,15 @@ class Network:
         return self.features(rows)
 
     def pin(self, x: Features, reason: str) -> Features:
-        """Never rescale these units: they meet an operation that is not positively homogeneous."""
+        """Never rescale these units: they meet an operation that is not positively homogeneous.
+
+        Raises
+        ------
+        ValueError
+            `reason` is empty.
+        TypeError
+            `x` is nothing that a layer returns, or `reason` no string.
+        """
         self._check(x, "pin")
         self.nodes.pin(x.per_feature, _text(reason, "pin: reason"))
         return x
@@ -427,6 +498,14 @@ class Network:
             parameters are named "0", "1", ... A dense weight after a convolution reads flattened maps.
         layout : str
             "oi": ``(out, in, *kernel)``; "io": ``(*kernel, in, out)``, flattened channels last.
+
+        Raises
+        ------
+        ValueError
+            There is no weight, a shape is none of a weight, a layer does not read what the one before writes, or
+            `layout` is another.
+        TypeError
+            A value is neither an array nor a shape.
         """
         if layout not in ("oi", "io"):
             raise ValueError(f"layout {layout!r}: expected 'oi' or 'io'")
