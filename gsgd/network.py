@@ -105,8 +105,8 @@ class Network:
     """A feed-forward network of positively homogeneous units, described layer by layer.
 
     Every method that adds a layer takes and returns `Features`. Layers are named by their parameters.
-    Network inputs and outputs, and whatever is given to `pin`, are *pinned*: never rescaled. A method that raises leaves
-    the network as it was; features of another network are a ValueError.
+    Network inputs and outputs, and whatever is given to `pin`, are *pinned*: never rescaled. A method that raises
+    leaves the network as it was; features of another network are a ValueError.
 
     Examples
     --------
@@ -241,8 +241,8 @@ class Network:
         Raises
         ------
         ValueError
-            A name is described already; an extent is below 1; `groups` does not divide both counts; `x` is flattened; or `layout`
-            is none of these.
+            A name is described already; an extent is below 1; `groups` does not divide both; `x` is flattened; or
+            `layout` is none of these.
         TypeError
             `x` is nothing that a layer returns, a name no string, or an extent no integer.
         """
