@@ -232,7 +232,11 @@ class _Describe:
             made = RULES[step.equation.primitive.name](self, step)
         except NotUnderstood as why:
             reason = f"{step.label}: {why}".removesuffix(": ")
-            node = self.on.opaque([self.nodes(i) for i in step.reads], reason)
+            reads = [self.nodes(i) for i in step.reads]
+            for nodes in reads:
+                self.on.pin(nodes, reason)
+            free = all(map(self.on.is_constant, reads))
+            node = None if free else int(self.net.input(1, reason).per_feature[0])
             made = [self.on.fill(shape, node) for shape in shapes]
         if not any(isinstance(value, _Weight) for value in made):
             for i in step.reads:

@@ -32,14 +32,6 @@ class Algebra:
         """The same node everywhere: the constant, unless it is given."""
         return np.broadcast_to(np.int64(self.constant if node is None else node), tuple(shape))
 
-    def opaque(self, reads: Iterable[Nodes], reason: str) -> int:
-        """Pin what an operation reads that is not understood; the node of all that it makes."""
-        reads = list(reads)
-        for nodes in reads:
-            self.pin(nodes, reason)
-        free = all(self.is_constant(nodes) for nodes in reads)
-        return self.constant if free else int(self.net.input(1, reason).per_feature[0])
-
     def pin(self, nodes: Nodes, reason: str) -> None:
         self.net.nodes.pin(compact(nodes)[0], reason)
 
@@ -169,5 +161,5 @@ def expanded(nodes: Nodes) -> Nodes:
 def compact(*arrays: Nodes) -> tuple[Nodes, ...]:
     """Arrays of one shape, with extent 1 along dimensions along which all of them have stride 0."""
     strides = zip(*(a.strides for a in arrays), strict=True)
-    index = tuple(slice(None) if any(steps) else slice(0, 1) for steps in strides)
-    return tuple(a[index] for a in arrays)
+    index = [slice(None) if any(steps) else slice(0, 1) for steps in strides]
+    return tuple(a[(*index, ...)] for a in arrays)
