@@ -3,12 +3,27 @@
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 
+#include <math.h>
 #include <numpy/arrayobject.h>
 #include <stdatomic.h>
+#include <stdlib.h>
+#include <unistd.h>
 
 #include "gsgd.h"
 
-enum { MAX_NDIM = 8, MAX_ROLES = 5, NUM_RATES = 10 };
+enum { MAX_NDIM = 8, NUM_RATES = 10 };
+
+/* What a list of arrays is for. Plan_step uses all five; the other calls take what they need. */
+enum { WEIGHTS, GRADIENTS, SUMS, FIRST_MOMENTS, SECOND_MOMENTS, MAX_ROLES };
+
+/* How take_arrays checks a list. */
+enum { AS_FLOAT64 = 1, WRITABLE = 2, OPTIONAL = 4, ADDRESSES = 8 };
+
+/* What must have been called before. */
+typedef enum { NOTHING, TREES, REFERENCE } stage;
+
+/* No number of entries or units is larger, so that sizes in bytes do not overflow. */
+#define MOST (PTRDIFF_MAX / 1024)
 
 /* What the plan expects of an array. */
 typedef struct {
@@ -18,23 +33,55 @@ typedef struct {
     ptrdiff_t shape[MAX_NDIM];
 } spec;
 
+/* The memory [low, high) that an array spans, and the largest `high` up to here in order of `low`. */
+typedef struct {
+    const char *low, *high, *highest;
+    ptrdiff_t array;
+    int role;
+} span;
+
 typedef struct {
     PyObject_HEAD gsgd_plan *plan;
+    stage stage;
     ptrdiff_t units, arrays;
     spec *spec;
     gsgd_rates *rates;
     gsgd_array *array;  /* (MAX_ROLES, arrays) */
     ptrdiff_t *strides; /* (MAX_ROLES, arrays, MAX_NDIM) */
-    atomic_flag busy;
+    span *written;      /* (3, arrays): what a step writes, by address */
+    atomic_long busy;   /* the process whose thread uses the plan, or 0 */
 } Plan;
 
 static int type_number(gsgd_type type) { return type == GSGD_FLOAT32 ? NPY_FLOAT32 : NPY_FLOAT64; }
 
-/* Fill role `role` from a list of arrays as the specs say; NULL with an exception set. But for the weights
- * (role 0) an item may be None, or the address of a buffer that is laid out as the weights are. */
-static const gsgd_array *take_arrays(Plan *self, PyObject *list, int role, const char *what, int as_float64,
-                                     int writable) {
+/* Fill role `role` from a contiguous array of addresses: buffers that are laid out as the weights are; 0 for
+ * none. Nothing but their alignment can be checked. */
+static const gsgd_array *take_addresses(Plan *self, PyArrayObject *list, int role, const char *what) {
     gsgd_array *arrays = self->array + role * self->arrays;
+    if (PyArray_NDIM(list) != 1 || PyArray_DIM(list, 0) != self->arrays || !PyArray_IS_C_CONTIGUOUS(list) ||
+        !PyArray_ISBEHAVED_RO(list)) {
+        PyErr_Format(PyExc_ValueError, "%s: expected %zd contiguous addresses", what,
+                     (Py_ssize_t)self->arrays);
+        return NULL;
+    }
+    const uintptr_t *address = PyArray_DATA(list);
+    for (ptrdiff_t i = 0; i < self->arrays; ++i) {
+        size_t size = self->spec[i].type == GSGD_FLOAT32 ? sizeof(float) : sizeof(double);
+        if (address[i] % size) {
+            PyErr_Format(PyExc_ValueError, "%s of %R: expected an aligned address", what, self->spec[i].name);
+            return NULL;
+        }
+        arrays[i] = (gsgd_array){(void *)address[i], address[i] ? self->array[i].strides : NULL};
+    }
+    return arrays;
+}
+
+/* Fill role `role` from a list of arrays as the specs say; NULL with an exception set. Where they are
+ * OPTIONAL an item may be None; where ADDRESSES will do, an array of dtype uintp may stand for the list. */
+static const gsgd_array *take_arrays(Plan *self, PyObject *list, int role, const char *what, int flags) {
+    gsgd_array *arrays = self->array + role * self->arrays;
+    if (flags & ADDRESSES && PyArray_Check(list) && PyArray_TYPE((PyArrayObject *)list) == NPY_UINTP)
+        return take_addresses(self, (PyArrayObject *)list, role, what);
     if (!PyList_Check(list) || PyList_Size(list) != self->arrays) {
         PyErr_Format(PyExc_TypeError, "%s: expected a list of %zd arrays", what, (Py_ssize_t)self->arrays);
         return NULL;
@@ -42,14 +89,8 @@ static const gsgd_array *take_arrays(Plan *self, PyObject *list, int role, const
     for (ptrdiff_t i = 0; i < self->arrays; ++i) {
         const spec *s = &self->spec[i];
         PyObject *item = PyList_GetItem(list, i);
-        if (item == Py_None && role > 0) {
+        if (item == Py_None && flags & OPTIONAL) {
             arrays[i] = (gsgd_array){NULL, NULL};
-            continue;
-        }
-        if (PyLong_CheckExact(item) && role > 0) {
-            arrays[i] = (gsgd_array){PyLong_AsVoidPtr(item), self->array[i].strides};
-            if (PyErr_Occurred())
-                return NULL;
             continue;
         }
         if (!PyArray_Check(item)) {
@@ -58,7 +99,7 @@ static const gsgd_array *take_arrays(Plan *self, PyObject *list, int role, const
             return NULL;
         }
         PyArrayObject *a = (PyArrayObject *)item;
-        int number = as_float64 ? NPY_FLOAT64 : type_number(s->type);
+        int number = flags & AS_FLOAT64 ? NPY_FLOAT64 : type_number(s->type);
         if (PyArray_TYPE(a) != number || !PyArray_ISBEHAVED_RO(a)) {
             PyErr_Format(PyExc_TypeError, "%s of %R: expected dtype %s in native byte order, aligned, got %R",
                          what, s->name, number == NPY_FLOAT32 ? "float32" : "float64",
@@ -78,7 +119,7 @@ static const gsgd_array *take_arrays(Plan *self, PyObject *list, int role, const
             Py_XDECREF(got);
             return NULL;
         }
-        if (writable && !PyArray_ISWRITEABLE(a)) {
+        if (flags & WRITABLE && !PyArray_ISWRITEABLE(a)) {
             PyErr_Format(PyExc_ValueError, "%s of %R: expected a writable array, it is read-only", what,
                          s->name);
             return NULL;
@@ -112,15 +153,36 @@ static void *take_units(const Plan *self, PyObject *x, int number, int ndim, con
     return NULL;
 }
 
-/* A plan has scratch memory of its own, so that one call at a time may use it. */
-static int enter(Plan *self) {
-    if (!atomic_flag_test_and_set(&self->busy))
+/* The same for numbers that the core divides by. */
+static const double *take_factors(const Plan *self, PyObject *x, const char *what) {
+    const double *factor = take_units(self, x, NPY_FLOAT64, 1, what);
+    for (ptrdiff_t u = 0; factor != NULL && u < self->units; ++u)
+        if (!isfinite(factor[u]) || factor[u] == 0) {
+            PyErr_Format(PyExc_ValueError, "%s: expected finite numbers that are not 0, for unit %zd too",
+                         what, (Py_ssize_t)u);
+            return NULL;
+        }
+    return factor;
+}
+
+/* A plan has scratch memory of its own, so that one call at a time may use it. In the child of a fork no
+ * thread of the parent does. */
+static int enter(Plan *self, stage needed) {
+    long mine = (long)getpid(), user = 0;
+    while (!atomic_compare_exchange_strong(&self->busy, &user, mine))
+        if (user == mine) {
+            PyErr_SetString(PyExc_RuntimeError, "the plan is in use by another thread");
+            return 0;
+        }
+    if (self->stage >= needed)
         return 1;
-    PyErr_SetString(PyExc_RuntimeError, "the plan is in use by another thread");
+    PyErr_Format(PyExc_ValueError, "expected %s to be called first",
+                 self->stage < TREES ? "set_trees" : "set_reference");
+    atomic_store(&self->busy, 0);
     return 0;
 }
 
-static void leave(Plan *self) { atomic_flag_clear(&self->busy); }
+static void leave(Plan *self) { atomic_store(&self->busy, 0); }
 
 static PyObject *raise_not_finite(int64_t unit) {
     PyObject *number = PyLong_FromLongLong(unit);
@@ -130,31 +192,51 @@ static PyObject *raise_not_finite(int64_t unit) {
     return NULL;
 }
 
+/* x y of numbers that are not negative, or more than MOST. */
+static ptrdiff_t times(ptrdiff_t x, ptrdiff_t y) { return y != 0 && x > MOST / y ? MOST + 1 : x * y; }
+
 static int take_spec(PyObject *item, spec *to) {
-    PyObject *shape;
+    PyObject *name, *shape;
     int type;
-    if (!PyArg_ParseTuple(item, "UO!C", &to->name, &PyTuple_Type, &shape, &type))
+    if (!PyTuple_Check(item)) {
+        PyErr_SetString(PyExc_TypeError, "specs: expected tuples (name, shape, dtype character)");
+        return 0;
+    }
+    if (!PyArg_ParseTuple(item, "UO!C", &name, &PyTuple_Type, &shape, &type))
         return 0;
     if (PyTuple_Size(shape) > MAX_NDIM) {
-        PyErr_Format(PyExc_ValueError, "parameter %R: expected at most %d dimensions", to->name, MAX_NDIM);
+        PyErr_Format(PyExc_ValueError, "parameter %R: expected at most %d dimensions", name, MAX_NDIM);
+        return 0;
+    }
+    if (type != 'f' && type != 'd') {
+        PyErr_Format(PyExc_ValueError, "parameter %R: expected dtype 'f' or 'd', got '%c'", name, type);
         return 0;
     }
     to->type = type == 'f' ? GSGD_FLOAT32 : GSGD_FLOAT64;
     to->ndim = (int)PyTuple_Size(shape);
-    for (int d = 0; d < to->ndim; ++d)
+    ptrdiff_t size = 1;
+    for (int d = 0; d < to->ndim; ++d) {
         to->shape[d] = PyLong_AsSsize_t(PyTuple_GetItem(shape, d));
-    if (PyErr_Occurred())
-        return 0;
-    Py_INCREF(to->name);
+        if (PyErr_Occurred())
+            return 0;
+        size = to->shape[d] < 0 ? MOST + 1 : times(size, to->shape[d] ? to->shape[d] : 1);
+        if (size > MOST) {
+            PyErr_Format(PyExc_ValueError, "parameter %R: %R is no shape", name, shape);
+            return 0;
+        }
+    }
+    Py_INCREF(name);
+    to->name = name;
     return 1;
 }
 
 /* Unit ids of a block, as many as its groups times rows (or columns). */
 static const int64_t *take_ids(PyObject *x, ptrdiff_t count) {
     PyArrayObject *a = (PyArrayObject *)x;
-    if (PyArray_TYPE(a) != NPY_INT64 || !PyArray_IS_C_CONTIGUOUS(a) || PyArray_SIZE(a) != count) {
+    if (PyArray_TYPE(a) != NPY_INT64 || !PyArray_IS_C_CONTIGUOUS(a) || !PyArray_ISBEHAVED_RO(a) ||
+        PyArray_SIZE(a) != count) {
         PyErr_SetString(PyExc_ValueError,
-                        "expected contiguous int64 unit ids, one per row and one per column");
+                        "expected contiguous native int64 unit ids, one per row and one per column");
         return NULL;
     }
     return PyArray_DATA(a);
@@ -164,36 +246,50 @@ static int take_block(PyObject *item, gsgd_block *b) {
     ptrdiff_t extent[GSGD_NDIM], step[GSGD_NDIM];
     int axis[GSGD_NDIM];
     PyObject *rows, *cols;
+    if (!PyTuple_Check(item)) {
+        PyErr_SetString(PyExc_TypeError, "blocks: expected tuples");
+        return 0;
+    }
     if (!PyArg_ParseTuple(item, "n(nnnnnn)(iiiiii)(nnnnnn)inO!O!", &b->array, &extent[0], &extent[1],
                           &extent[2], &extent[3], &extent[4], &extent[5], &axis[0], &axis[1], &axis[2],
                           &axis[3], &axis[4], &axis[5], &step[0], &step[1], &step[2], &step[3], &step[4],
                           &step[5], &b->start_axis, &b->start, &PyArray_Type, &rows, &PyArray_Type, &cols))
         return 0;
-    for (int d = 0; d < GSGD_NDIM; ++d)
+    for (int d = 0; d < GSGD_NDIM; ++d) {
+        if (extent[d] < 0 || extent[d] > MOST) {
+            PyErr_Format(PyExc_ValueError, "a block of %zd entries along a dimension", (Py_ssize_t)extent[d]);
+            return 0;
+        }
         b->dim[d] = (gsgd_dim){extent[d], step[d], axis[d]};
-    b->row_unit = take_ids(rows, extent[GSGD_GROUP] * extent[GSGD_ROW]);
-    b->col_unit = take_ids(cols, extent[GSGD_GROUP] * extent[GSGD_COL]);
-    return b->row_unit != NULL && b->col_unit != NULL;
+    }
+    b->row_unit = take_ids(rows, times(extent[GSGD_GROUP], extent[GSGD_ROW]));
+    b->col_unit = b->row_unit ? take_ids(cols, times(extent[GSGD_GROUP], extent[GSGD_COL])) : NULL;
+    return b->col_unit != NULL;
 }
 
-/* Whether every entry of the block lies in its array. */
+/* Whether every entry of the block lies in its array, and there are not more of them than it has. */
 static int block_fits(const gsgd_block *b, const spec *s) {
-    ptrdiff_t last[MAX_NDIM] = {0};
-    if (b->start_axis < 0 || b->start_axis >= (s->ndim ? s->ndim : 1) || b->start < 0)
+    ptrdiff_t last[MAX_NDIM] = {0}, size = 1, entries = 1, taps = 1;
+    int axes = s->ndim ? s->ndim : 1;
+    if (b->start_axis < 0 || b->start_axis >= axes || b->start < 0 || b->start > MOST)
         return 0;
     last[b->start_axis] = b->start;
-    for (int d = 0; d < GSGD_NDIM; ++d) {
-        if (b->dim[d].extent < 0 || b->dim[d].step < 0 || b->dim[d].axis < 0 ||
-            b->dim[d].axis >= (s->ndim ? s->ndim : 1))
-            return 0;
-        if (b->dim[d].extent == 0)
-            return 1;
-        last[b->dim[d].axis] += b->dim[d].step * (b->dim[d].extent - 1);
-    }
     for (int d = 0; d < s->ndim; ++d)
-        if (last[d] >= s->shape[d])
+        size *= s->shape[d];
+    for (int d = 0; d < GSGD_NDIM; ++d) {
+        const gsgd_dim *dim = &b->dim[d];
+        if (dim->step < 0 || dim->axis < 0 || dim->axis >= axes)
             return 0;
-    return s->ndim > 0 || last[0] == 0;
+        entries = times(entries, dim->extent);
+        taps = d < GSGD_TAP ? 1 : times(taps, dim->extent);
+        last[dim->axis] += times(dim->step, dim->extent > 1 ? dim->extent - 1 : 0);
+    }
+    if (entries > size || taps > MOST)
+        return 0;
+    for (int d = 0; entries && d < axes; ++d)
+        if (last[d] >= (s->ndim ? s->shape[d] : 1))
+            return 0;
+    return 1;
 }
 
 static PyObject *Plan_new(PyTypeObject *type, PyObject *args, PyObject *kwargs) {
@@ -208,6 +304,10 @@ static PyObject *Plan_new(PyTypeObject *type, PyObject *args, PyObject *kwargs) 
     }
     if (!PyArg_ParseTuple(args, "nO!O!", &units, &PyList_Type, &specs, &PyList_Type, &blocks))
         return NULL;
+    if (units < 0 || units > MOST) {
+        PyErr_Format(PyExc_ValueError, "units: expected a number of units, got %zd", units);
+        return NULL;
+    }
     allocfunc alloc = (allocfunc)PyType_GetSlot(type, Py_tp_alloc);
     Plan *self = (Plan *)alloc(type, 0);
     if (self == NULL)
@@ -218,9 +318,10 @@ static PyObject *Plan_new(PyTypeObject *type, PyObject *args, PyObject *kwargs) 
     self->rates = PyMem_Calloc((size_t)arrays + 1, sizeof *self->rates);
     self->array = PyMem_Calloc((size_t)arrays * MAX_ROLES + 1, sizeof *self->array);
     self->strides = PyMem_Calloc((size_t)arrays * MAX_ROLES * MAX_NDIM + 1, sizeof *self->strides);
+    self->written = PyMem_Calloc(3 * (size_t)arrays + 1, sizeof *self->written);
     block = PyMem_Calloc((size_t)count + 1, sizeof *block);
     types = PyMem_Calloc((size_t)arrays + 1, sizeof *types);
-    if (!self->spec || !self->rates || !self->array || !self->strides || !block || !types) {
+    if (!self->spec || !self->rates || !self->array || !self->strides || !self->written || !block || !types) {
         PyErr_NoMemory();
         goto done;
     }
@@ -268,6 +369,7 @@ static void Plan_dealloc(PyObject *object) {
     PyMem_Free(self->rates);
     PyMem_Free(self->array);
     PyMem_Free(self->strides);
+    PyMem_Free(self->written);
     release(object);
     Py_DECREF(type);
 }
@@ -278,15 +380,16 @@ static PyObject *Plan_choose_trees(PyObject *object, PyObject *args) {
     const gsgd_array *w;
     const double *c = NULL;
     int largest;
-    if (!PyArg_ParseTuple(args, "OpO", &weights, &largest, &scale) || !enter(self))
+    if (!PyArg_ParseTuple(args, "OpO", &weights, &largest, &scale) || !enter(self, NOTHING))
         return NULL;
     npy_intp shape[2] = {self->units, 2};
-    if ((w = take_arrays(self, weights, 0, "parameter", 0, 0)) == NULL ||
-        (scale != Py_None && (c = take_units(self, scale, NPY_FLOAT64, 1, "scale")) == NULL) ||
+    if ((w = take_arrays(self, weights, WEIGHTS, "parameter", 0)) == NULL ||
+        (scale != Py_None && (c = take_factors(self, scale, "scale")) == NULL) ||
         (in = PyArray_SimpleNew(2, shape, NPY_INT64)) == NULL ||
         (out = PyArray_SimpleNew(2, shape, NPY_INT64)) == NULL)
         goto done;
     gsgd_edge *to_in = PyArray_DATA((PyArrayObject *)in), *to_out = PyArray_DATA((PyArrayObject *)out);
+    self->stage = NOTHING;
     Py_BEGIN_ALLOW_THREADS
     gsgd_choose_trees(self->plan, w, largest ? GSGD_LARGEST : GSGD_MODULO, c, to_in, to_out);
     Py_END_ALLOW_THREADS
@@ -306,12 +409,15 @@ static PyObject *Plan_set_trees(PyObject *object, PyObject *args) {
         return NULL;
     const gsgd_edge *from_in = take_units(self, in, NPY_INT64, 2, "in_edges");
     const gsgd_edge *from_out = from_in ? take_units(self, out, NPY_INT64, 2, "out_edges") : NULL;
-    if (from_out == NULL || !enter(self))
+    if (from_out == NULL || !enter(self, NOTHING))
         return NULL;
     npy_intp shape[1] = {self->units};
     free_in = PyArray_SimpleNew(1, shape, NPY_BOOL);
+    self->stage = NOTHING;
     if (free_in != NULL && gsgd_set_trees(self->plan, from_in, from_out,
-                                          PyArray_DATA((PyArrayObject *)free_in), &unit) != GSGD_OK) {
+                                          PyArray_DATA((PyArrayObject *)free_in), &unit) == GSGD_OK) {
+        self->stage = TREES;
+    } else if (free_in != NULL) {
         Py_CLEAR(free_in);
         PyErr_Format(PyExc_ValueError, "the skeleton edges of unit %lld make no tree", (long long)unit);
     }
@@ -327,13 +433,21 @@ static PyObject *Plan_set_reference(PyObject *object, PyObject *args) {
     if (!PyArg_ParseTuple(args, "OOO", &x[0], &x[1], &x[2]))
         return NULL;
     for (int i = 0; i < 3; ++i)
-        if ((from[i] = take_units(self, x[i], NPY_FLOAT64, 1, names[i])) == NULL)
+        if ((from[i] = take_factors(self, x[i], names[i])) == NULL)
             return NULL;
-    if (!enter(self))
+    if (!enter(self, TREES))
         return NULL;
     gsgd_set_reference(self->plan, from[0], from[1], from[2]);
+    self->stage = REFERENCE;
     leave(self);
     Py_RETURN_NONE;
+}
+
+/* The norms of chains from an array of one per unit, or None: then *ok and NULL. */
+static const double *take_norm(const Plan *self, PyObject *x, int *ok) {
+    const double *norm = x == Py_None ? NULL : take_units(self, x, NPY_FLOAT64, 1, "norm");
+    *ok = x == Py_None || norm != NULL;
+    return norm;
 }
 
 /* Hyperparameters from a contiguous float64 array with a row per array: the fields of gsgd_rates, in their
@@ -347,70 +461,157 @@ static const gsgd_rates *take_rates(Plan *self, PyObject *x) {
         return NULL;
     }
     const double *r = PyArray_DATA(a);
-    for (ptrdiff_t i = 0; i < self->arrays; ++i, r += NUM_RATES)
+    const gsgd_array *g = self->array + GRADIENTS * self->arrays,
+                     *m = self->array + FIRST_MOMENTS * self->arrays,
+                     *v = self->array + SECOND_MOMENTS * self->arrays;
+    for (ptrdiff_t i = 0; i < self->arrays; ++i, r += NUM_RATES) {
+        const char *lacks = NULL;
+        if (g[i].data != NULL && r[0] == GSGD_ADAM && m[i].data == NULL)
+            lacks = "first moment";
+        if (g[i].data != NULL && (r[0] == GSGD_ADAM || r[0] == GSGD_RMSPROP) && v[i].data == NULL)
+            lacks = "second moment";
+        if (lacks != NULL) {
+            PyErr_Format(PyExc_ValueError, "%s of %R: expected one for this method", lacks,
+                         self->spec[i].name);
+            return NULL;
+        }
+        int finite = r[0] == GSGD_SGD || r[0] == GSGD_ADAM || r[0] == GSGD_RMSPROP;
+        for (int k = 0; k < NUM_RATES; ++k)
+            finite &= isfinite(r[k]) != 0;
+        if (!finite) {
+            PyErr_Format(PyExc_ValueError, "rates of %R: expected a method from 0 to %d and finite numbers",
+                         self->spec[i].name, GSGD_RMSPROP);
+            return NULL;
+        }
         self->rates[i] =
             (gsgd_rates){(gsgd_method)r[0], r[1], r[2], r[3], r[4], r[5], r[6], r[7], r[8] != 0, r[9] != 0};
+    }
     return self->rates;
 }
 
-/* The memory that an array spans: [*low, *high). */
-static void span_of(const spec *s, const gsgd_array *a, const char **low, const char **high) {
+/* The memory that an array spans; nothing where there is none. */
+static span span_of(const Plan *self, int role, ptrdiff_t array) {
+    const spec *s = &self->spec[array];
+    const gsgd_array *a = &self->array[role * self->arrays + array];
+    if (a->data == NULL)
+        return (span){.array = array, .role = role};
     ptrdiff_t size = s->type == GSGD_FLOAT32 ? sizeof(float) : sizeof(double);
-    *low = a->data;
-    *high = *low + size;
+    span found = {.low = a->data, .high = (const char *)a->data + size, .array = array, .role = role};
     for (int d = 0; d < s->ndim; ++d) {
         ptrdiff_t reach = (s->shape[d] - 1) * a->strides[d] * size;
         if (s->shape[d] == 0)
-            *high = *low;
-        else if (reach < 0)
-            *low += reach;
+            return (span){.low = a->data, .high = a->data, .array = array, .role = role};
+        if (reach < 0)
+            found.low += reach;
         else
-            *high += reach;
+            found.high += reach;
     }
+    return found;
 }
 
-/* Gradients are read while weights are written: one may be its parameter itself, but not overlap it
- * otherwise. */
-static int refuse_overlap(const Plan *self, const gsgd_array *weights, const gsgd_array *gradients) {
+static int by_address(const void *one, const void *other) {
+    const char *x = ((const span *)one)->low, *y = ((const span *)other)->low;
+    return (x > y) - (x < y);
+}
+
+/* Bring self->written up to date; sorted anew only when something has moved. */
+static void sort_written(Plan *self) {
+    static const int roles[] = {WEIGHTS, FIRST_MOMENTS, SECOND_MOMENTS};
+    span *written = self->written;
+    ptrdiff_t n = 3 * self->arrays;
+    int moved = 0;
+    for (ptrdiff_t i = 0; i < n; ++i) {
+        span now = span_of(self, written[i].role, written[i].array);
+        moved |= now.low != written[i].low || now.high != written[i].high;
+    }
+    if (!moved)
+        return;
+    for (ptrdiff_t i = 0; i < n; ++i)
+        written[i] = span_of(self, roles[i / self->arrays], i % self->arrays);
+    qsort(written, (size_t)n, sizeof *written, by_address);
+    for (ptrdiff_t i = 0; i < n; ++i)
+        written[i].highest =
+            i > 0 && written[i - 1].highest > written[i].high ? written[i - 1].highest : written[i].high;
+}
+
+/* Gradients are read while weights and moments are written: one may be its parameter itself, but not overlap
+ * anything otherwise. */
+static int refuse_overlap(Plan *self, int role, const char *what) {
+    const gsgd_array *weights = self->array, *gradients = self->array + role * self->arrays;
     for (ptrdiff_t i = 0; i < self->arrays; ++i) {
         const spec *s = &self->spec[i];
         const gsgd_array *w = &weights[i], *g = &gradients[i];
-        const char *w_low, *w_high, *g_low, *g_high;
         int same = g->data == w->data;
         for (int d = 0; same && d < s->ndim; ++d)
             same = g->strides[d] == w->strides[d] || s->shape[d] <= 1;
         if (g->data == NULL || same)
             continue;
-        span_of(s, w, &w_low, &w_high);
-        span_of(s, g, &g_low, &g_high);
-        if (g_low < w_high && w_low < g_high) {
-            PyErr_Format(PyExc_ValueError, "gradient of %R overlaps the parameter in memory: pass a copy",
-                         s->name);
+        span read = span_of(self, role, i);
+        ptrdiff_t begin = 0, end = 3 * self->arrays; /* the first that begins behind it */
+        while (begin < end) {
+            ptrdiff_t middle = begin + (end - begin) / 2;
+            if (self->written[middle].low < read.high)
+                begin = middle + 1;
+            else
+                end = middle;
+        }
+        if (end == 0 || self->written[end - 1].highest <= read.low || read.low == read.high)
+            continue;
+        while (self->written[--end].high <= read.low)
+            ;
+        const span *over = &self->written[end];
+        PyErr_Format(PyExc_ValueError, "%s of %R overlaps the %s of %R in memory: pass a copy", what, s->name,
+                     over->role == WEIGHTS ? "values" : "moments", self->spec[over->array].name);
+        return 0;
+    }
+    return 1;
+}
+
+/* An array has a gradient in both lists or in neither. */
+static int refuse_half(const Plan *self, const gsgd_array *gradients, const gsgd_array *sums) {
+    for (ptrdiff_t i = 0; i < self->arrays; ++i)
+        if ((gradients[i].data == NULL) != (sums[i].data == NULL)) {
+            PyErr_Format(PyExc_ValueError,
+                         "gradient of %R: expected one in gradients and in sums, or in neither",
+                         self->spec[i].name);
             return 0;
         }
-    }
     return 1;
 }
 
 static PyObject *Plan_step(PyObject *object, PyObject *args) {
     Plan *self = (Plan *)object;
-    PyObject *weights, *gradients, *sums, *first, *second, *rates;
+    PyObject *weights, *gradients, *sums, *norm, *first, *second, *rates;
     gsgd_options o;
+    int ok;
     const gsgd_array *w, *g, *s, *m, *v;
-    if (!PyArg_ParseTuple(args, "OOOOOOdi", &weights, &gradients, &sums, &first, &second, &rates,
-                          &o.max_ratio, &o.threads))
+    if (!PyArg_ParseTuple(args, "OOOOOOOddi", &weights, &gradients, &sums, &norm, &first, &second, &rates,
+                          &o.max_ratio, &o.clip_norm, &o.threads))
         return NULL;
-    if (!enter(self))
+    if (o.threads <= 0) {
+        PyErr_Format(PyExc_ValueError, "threads: expected a number of threads, got %d", o.threads);
+        return NULL;
+    }
+    if (!(o.max_ratio > 1) || !(o.clip_norm > 0)) {
+        PyErr_SetString(PyExc_ValueError, "max_ratio: expected more than 1; clip_norm: expected more than 0");
+        return NULL;
+    }
+    o.norm = take_norm(self, norm, &ok);
+    if (!ok || !enter(self, REFERENCE))
         return NULL;
     ptrdiff_t clamped = 0;
     int64_t unit = -1;
     gsgd_status status = GSGD_OK;
-    if ((w = take_arrays(self, weights, 0, "parameter", 0, 1)) == NULL ||
-        (g = take_arrays(self, gradients, 1, "gradient", 0, 0)) == NULL ||
-        (s = sums == Py_None ? g : take_arrays(self, sums, 2, "summed gradient", 0, 0)) == NULL ||
-        (m = take_arrays(self, first, 3, "first moment", 0, 1)) == NULL ||
-        (v = take_arrays(self, second, 4, "second moment", 0, 1)) == NULL ||
-        (o.rates = take_rates(self, rates)) == NULL || !refuse_overlap(self, w, g))
+    if ((w = take_arrays(self, weights, WEIGHTS, "parameter", WRITABLE)) == NULL ||
+        (g = take_arrays(self, gradients, GRADIENTS, "gradient", OPTIONAL | ADDRESSES)) == NULL ||
+        (s = sums == Py_None ? g : take_arrays(self, sums, SUMS, "summed gradient", OPTIONAL)) == NULL ||
+        (m = take_arrays(self, first, FIRST_MOMENTS, "first moment", OPTIONAL | WRITABLE)) == NULL ||
+        (v = take_arrays(self, second, SECOND_MOMENTS, "second moment", OPTIONAL | WRITABLE)) == NULL ||
+        (o.rates = take_rates(self, rates)) == NULL)
+        goto done;
+    sort_written(self);
+    if (!refuse_overlap(self, GRADIENTS, "gradient") ||
+        (s != g && (!refuse_half(self, g, s) || !refuse_overlap(self, SUMS, "summed gradient"))))
         goto done;
     Py_BEGIN_ALLOW_THREADS
     status = gsgd_step(self->plan, w, g, s, m, v, &o, &clamped, &unit);
@@ -426,11 +627,11 @@ static PyObject *Plan_path_values(PyObject *object, PyObject *args) {
     Plan *self = (Plan *)object;
     PyObject *weights, *values, *logs;
     const gsgd_array *w, *v, *l = NULL;
-    if (!PyArg_ParseTuple(args, "OOO", &weights, &values, &logs) || !enter(self))
+    if (!PyArg_ParseTuple(args, "OOO", &weights, &values, &logs) || !enter(self, TREES))
         return NULL;
-    if ((w = take_arrays(self, weights, 0, "parameter", 0, 0)) != NULL &&
-        (v = take_arrays(self, values, 1, "path value", 1, 1)) != NULL &&
-        (logs == Py_None || (l = take_arrays(self, logs, 2, "logarithm", 1, 1)) != NULL)) {
+    if ((w = take_arrays(self, weights, 0, "parameter", 0)) != NULL &&
+        (v = take_arrays(self, values, 1, "path value", AS_FLOAT64 | WRITABLE)) != NULL &&
+        (logs == Py_None || (l = take_arrays(self, logs, 2, "logarithm", AS_FLOAT64 | WRITABLE)) != NULL)) {
         Py_BEGIN_ALLOW_THREADS
         gsgd_path_values(self->plan, w, v, l);
         Py_END_ALLOW_THREADS
@@ -443,17 +644,21 @@ static PyObject *Plan_path_values(PyObject *object, PyObject *args) {
 
 static PyObject *Plan_path_gradients(PyObject *object, PyObject *args) {
     Plan *self = (Plan *)object;
-    PyObject *weights, *gradients, *sums, *out;
+    PyObject *weights, *gradients, *sums, *norm, *out;
+    int ok;
     const gsgd_array *w, *g, *s, *d;
     gsgd_status status = GSGD_OK;
-    if (!PyArg_ParseTuple(args, "OOOO", &weights, &gradients, &sums, &out) || !enter(self))
+    if (!PyArg_ParseTuple(args, "OOOOO", &weights, &gradients, &sums, &norm, &out))
         return NULL;
-    if ((w = take_arrays(self, weights, 0, "parameter", 0, 0)) != NULL &&
-        (g = take_arrays(self, gradients, 1, "gradient", 0, 0)) != NULL &&
-        (s = take_arrays(self, sums, 2, "summed gradient", 0, 0)) != NULL &&
-        (d = take_arrays(self, out, 3, "path gradient", 1, 1)) != NULL) {
+    const double *norms = take_norm(self, norm, &ok);
+    if (!ok || !enter(self, TREES))
+        return NULL;
+    if ((w = take_arrays(self, weights, 0, "parameter", 0)) != NULL &&
+        (g = take_arrays(self, gradients, 1, "gradient", 0)) != NULL &&
+        (s = take_arrays(self, sums, 2, "summed gradient", 0)) != NULL &&
+        (d = take_arrays(self, out, 3, "path gradient", AS_FLOAT64 | WRITABLE)) != NULL) {
         Py_BEGIN_ALLOW_THREADS
-        status = gsgd_path_gradients(self->plan, w, g, s, d);
+        status = gsgd_path_gradients(self->plan, w, g, s, norms, d);
         Py_END_ALLOW_THREADS
     }
     leave(self);
@@ -468,11 +673,11 @@ static PyObject *Plan_allocate(PyObject *object, PyObject *args) {
     Plan *self = (Plan *)object;
     PyObject *weights, *ratios, *out;
     const gsgd_array *w, *r, *to;
-    if (!PyArg_ParseTuple(args, "OOO", &weights, &ratios, &out) || !enter(self))
+    if (!PyArg_ParseTuple(args, "OOO", &weights, &ratios, &out) || !enter(self, TREES))
         return NULL;
-    if ((w = take_arrays(self, weights, 0, "parameter", 0, 0)) != NULL &&
-        (r = take_arrays(self, ratios, 1, "ratio", 1, 0)) != NULL &&
-        (to = take_arrays(self, out, 2, "new weight", 0, 1)) != NULL) {
+    if ((w = take_arrays(self, weights, 0, "parameter", 0)) != NULL &&
+        (r = take_arrays(self, ratios, 1, "ratio", AS_FLOAT64)) != NULL &&
+        (to = take_arrays(self, out, 2, "new weight", WRITABLE)) != NULL) {
         Py_BEGIN_ALLOW_THREADS
         gsgd_allocate(self->plan, w, r, to);
         Py_END_ALLOW_THREADS
@@ -490,9 +695,10 @@ static PyMethodDef Plan_methods[] = {
      "set_trees(in_edges, out_edges) -> whether each in-edge is free"},
     {"set_reference", Plan_set_reference, METH_VARARGS, "set_reference(in_weights, out_weights, c)"},
     {"step", Plan_step, METH_VARARGS,
-     "step(weights, gradients, sums, m, v, rates, max_ratio, threads) -> number clamped"},
+     "step(weights, gradients, sums, norm, m, v, rates, max_ratio, clip_norm, threads) -> number clamped"},
     {"path_values", Plan_path_values, METH_VARARGS, "path_values(weights, values, logs)"},
-    {"path_gradients", Plan_path_gradients, METH_VARARGS, "path_gradients(weights, gradients, sums, out)"},
+    {"path_gradients", Plan_path_gradients, METH_VARARGS,
+     "path_gradients(weights, gradients, sums, norm, out)"},
     {"allocate", Plan_allocate, METH_VARARGS, "allocate(weights, ratios, out)"},
     {NULL, NULL, 0, NULL},
 };

@@ -75,8 +75,10 @@ typedef struct {
 
 typedef struct {
     const gsgd_rates *rates; /* one per array */
-    double max_ratio;        /* r: a path ratio outside [1 / r, r] is clamped and counted */
-    int threads;             /* at most so many; one where the network is small or more have not paid */
+    double max_ratio;   /* r: the magnitude of a path ratio is limited to [1 / r, r]; INFINITY: it is not */
+    double clip_norm;   /* the largest norm of dl / dx over all coordinates; INFINITY: any */
+    const double *norm; /* one per unit: dl / dx of its chain is divided by this; NULL: by 1 */
+    int threads;        /* at most; one where the network is small or more have not paid */
 } gsgd_options;
 
 typedef struct gsgd_plan gsgd_plan;
@@ -109,10 +111,12 @@ gsgd_status gsgd_set_trees(gsgd_plan *plan, const gsgd_edge *in, const gsgd_edge
 void gsgd_set_reference(gsgd_plan *plan, const double *in, const double *out, const double *c);
 
 /** One step: gather, solve, apply. `weights` and the moments `m` and `v` are updated in place; data NULL:
- * there is no such moment. `sums` are the gradients that the sums of the inverse chain rule read: `gradients`
- * but for approximations of batch normalization. Data NULL in `gradients` and `sums`: the array's own terms
- * are left out; its paths keep their values, and its moments theirs. Writes the number of clamped ratios.
- * GSGD_NOT_FINITE leaves everything as it was, with *unit telling where, or -1 for a gradient. */
+ * there is no such moment. `sums` are the gradients that the inverse chain rule of in-edges reads:
+ * `gradients` but for approximations of batch normalization. Data NULL in `gradients` and `sums`: the array's
+ * own terms are left out; its paths keep their values, and its moments theirs. Where the norm of dl / dx over
+ * all arrays exceeds clip_norm, dl / dx is multiplied by clip_norm / (norm + 1e-6). Writes the number of
+ * ratios that were limited; a limited ratio keeps its sign, and 0 counts as positive. GSGD_NOT_FINITE leaves
+ * everything as it was, with *unit telling where, or -1 for a gradient. */
 gsgd_status gsgd_step(gsgd_plan *plan, const gsgd_array *weights, const gsgd_array *gradients,
                       const gsgd_array *sums, const gsgd_array *m, const gsgd_array *v,
                       const gsgd_options *options, ptrdiff_t *clamped, int64_t *unit);
@@ -122,10 +126,10 @@ gsgd_status gsgd_step(gsgd_plan *plan, const gsgd_array *weights, const gsgd_arr
 void gsgd_path_values(gsgd_plan *plan, const gsgd_array *weights, const gsgd_array *values,
                       const gsgd_array *logs);
 
-/** The inverse chain rule (section 4.2): dl/dv per weight, float64, NaN where it is free. GSGD_NOT_FINITE
- * when a sum is not finite: nothing is written. */
+/** The inverse chain rule (section 4.2): dl/dv per weight, float64, NaN where it is free. `sums` as in
+ * gsgd_step, `norm` as in gsgd_options. GSGD_NOT_FINITE when a sum is not finite: nothing is written. */
 gsgd_status gsgd_path_gradients(gsgd_plan *plan, const gsgd_array *weights, const gsgd_array *gradients,
-                                const gsgd_array *sums, const gsgd_array *out);
+                                const gsgd_array *sums, const double *norm, const gsgd_array *out);
 
 /** Weight allocation (section 4.3): the weights, in the weights' own type, whose basis paths are `ratios`
  * (float64) times those of `weights`. Ratios of free weights are not read. */

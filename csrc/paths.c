@@ -75,7 +75,7 @@ void gsgd_path_values(gsgd_plan *plan, const gsgd_array *weights, const gsgd_arr
 }
 
 gsgd_status gsgd_path_gradients(gsgd_plan *plan, const gsgd_array *weights, const gsgd_array *gradients,
-                                const gsgd_array *sums, const gsgd_array *out) {
+                                const gsgd_array *sums, const double *norm, const gsgd_array *out) {
     gsgd_status status = gsgd_gather(plan, weights, gradients, sums);
     if (status != GSGD_OK)
         return status;
@@ -93,7 +93,8 @@ gsgd_status gsgd_path_gradients(gsgd_plan *plan, const gsgd_array *weights, cons
             if (what == ORDINARY)
                 d = load(b->type, &b->g, index) / (plan->a[u] * plan->b[v]);
             else if (what == CHAIN)
-                d = (gsgd_product(plan, &plan->in[v]) - plan->sum[v]) / (plan->a[v] * plan->b[v]);
+                d = (gsgd_product(plan, &plan->in[v]) - plan->sum[v]) /
+                    (plan->a[v] * plan->b[v] * (norm == NULL ? 1 : norm[v]));
             store(GSGD_FLOAT64, &b->m, index, d);
         } while (advance(b, index));
     }

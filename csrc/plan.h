@@ -20,7 +20,8 @@ typedef struct {
     ptrdiff_t groups, rows, cols, taps; /* taps: of all three tap dimensions */
     int gathers;                        /* some source is a unit */
     int64_t *row_unit, *col_unit, *col_root;
-    double *column_sum;      /* (groups, cols, taps): sums over rows of w g */
+    double *column_sum;      /* (groups, cols, taps): sums over rows of w g, where the block gathers */
+    double *column_square;   /* the same shape: sums over rows of (g / B)^2, for clip_norm */
     void *row_b, *row_inv_b; /* (groups, rows), of the block's type */
     /* (groups, cols * taps) of the block's type; not read where the block does not gather */
     void *line_a, *line_inv_a, *line_inv_rho, *line;
@@ -60,6 +61,7 @@ struct gsgd_plan {
     double *sum, *ratio, *inv_rho;    /* S and R by chain root, and 1 / rho */
     double *new_m, *new_v;            /* moments of in-edges after the step */
     double *memory;                   /* all of the above lies in here */
+    int clips;                        /* the call at work has a clip_norm */
     double alone, credit, unmeasured; /* seconds: see learn_what_pays */
 };
 
@@ -114,7 +116,7 @@ void gsgd_bind(gsgd_plan *plan, const gsgd_array *arrays, size_t which);
 gsgd_status gsgd_gather(gsgd_plan *plan, const gsgd_array *weights, const gsgd_array *gradients,
                         const gsgd_array *sums);
 
-/* w g of a tree edge after gsgd_gather, rounded as the kernels round it. */
+/* w g, with g of `sums`, of a tree edge after gsgd_gather, rounded as the kernels round it. */
 double gsgd_product(const gsgd_plan *plan, const tree_edge *e);
 
 #endif

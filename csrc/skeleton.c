@@ -44,9 +44,9 @@ static gsgd_status take_block(block *to, const gsgd_block *from, ptrdiff_t units
     for (ptrdiff_t j = 0; j < num_cols; ++j)
         to->gathers |= from->col_unit[j] != GSGD_PINNED;
     ptrdiff_t line = to->gathers ? num_cols * to->taps : 0;
-    ptrdiff_t places = to->gathers && to->taps > 1 ? to->cols * to->taps : 0;
+    ptrdiff_t places = to->taps > 1 ? to->cols * to->taps : 0;
     to->row_unit = malloc((size_t)(num_rows + 2 * num_cols + 1) * sizeof(int64_t));
-    to->column_sum = malloc((size_t)(4 * line + 2 * num_rows + 1) * sizeof(double));
+    to->column_sum = malloc((size_t)(4 * line + 2 * num_rows + num_cols * to->taps + 1) * sizeof(double));
     to->place = calloc((size_t)(2 * places + 1), sizeof(ptrdiff_t));
     if (to->row_unit == NULL || to->column_sum == NULL || to->place == NULL)
         return GSGD_NO_MEMORY;
@@ -56,6 +56,7 @@ static gsgd_status take_block(block *to, const gsgd_block *from, ptrdiff_t units
     to->line = to->column_sum + line;
     to->row_b = to->column_sum + 4 * line;
     to->row_inv_b = to->column_sum + 4 * line + num_rows;
+    to->column_square = to->column_sum + 4 * line + 2 * num_rows;
     if (num_rows)
         memcpy(to->row_unit, from->row_unit, (size_t)num_rows * sizeof(int64_t));
     if (num_cols)

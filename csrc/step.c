@@ -1,8 +1,9 @@
 /* step.c - one step in three stages.
  *
- * Gather: per unit, the sum of w g over its out-edges; reads weights and gradients once, column by column.
- * Solve: on the trees, O(units): chain products, the inverse chain rule, path ratios; validates everything.
- * Apply: one pass over the weights; then the tree edges get the values that solve found for them.
+ * First the chain products A and B, from the tree edges alone.
+ * Gather: per unit, the sum of w g over its out-edges, and for clip_norm the squares of dl / dx; reads
+ * weights and gradients once. Solve: on the trees, O(units): the inverse chain rule, path ratios; validates
+ * everything. Apply: one pass over the weights; then the tree edges get the values that solve found for them.
  */
 #include "parallel.h"
 #include "plan.h"
@@ -104,7 +105,7 @@ static void plan_walk(block *b) {
         b->by_rows = 0;
     b->shuffled = 0;
     for (int i = 1; i < n; ++i)
-        b->shuffled |= b->gathers && order[i] > order[i - 1];
+        b->shuffled |= order[i] > order[i - 1];
     if (!b->by_rows || !b->shuffled)
         return;
     for (ptrdiff_t k = 0; k < line; ++k) {
@@ -120,7 +121,7 @@ static void plan_walk(block *b) {
 static ptrdiff_t at_least(ptrdiff_t low, ptrdiff_t x) { return x > low ? x : low; }
 
 /* Cut a block into pieces for gather and for apply. */
-static void plan_pieces(block *b) {
+static void plan_pieces(block *b, int clips) {
     ptrdiff_t line = b->cols * b->taps, panels = (line + PANEL - 1) / PANEL;
     if (b->rows * line == 0) {
         b->gather_pieces = b->apply_pieces = 0;
@@ -130,10 +131,11 @@ static void plan_pieces(block *b) {
     b->apply_chunk = at_least(1, TASK / (b->by_rows ? line : b->rows));
     b->gather_pieces = b->apply_pieces;
     b->gather_chunk = b->apply_chunk;
-    if (b->gathers && b->by_rows) {
+    int sums = b->gathers || clips;
+    if (sums && b->by_rows) {
         b->gather_pieces = b->groups * panels;
         b->gather_chunk = at_least(1, TASK / (b->rows * (line < PANEL ? line : PANEL)));
-    } else if (b->gathers) {
+    } else if (sums) {
         b->gather_chunk = (b->gather_chunk + LANES - 1) / LANES * LANES;
     }
 }
@@ -145,28 +147,29 @@ typedef struct {
     atomic_ptrdiff_t gather_task, apply_task;
     atomic_int not_finite;
     gsgd_status status;
+    double clip; /* what gradients are multiplied by */
     ptrdiff_t clamped;
     int64_t unit;
 } job;
 
-static int gather_block(block *b, ptrdiff_t first, ptrdiff_t last) {
+static int gather_block(block *b, ptrdiff_t first, ptrdiff_t last, int clips) {
     int single = b->type == GSGD_FLOAT32;
     if (b->s.data == NULL)
         return 1;
-    if (!b->gathers)
+    if (!b->gathers && !clips)
         return single ? check_pieces_f32(b, first, last) : check_pieces_f64(b, first, last);
     if (single)
-        gather_pieces_f32(b, first, last);
+        gather_pieces_f32(b, first, last, clips);
     else
-        gather_pieces_f64(b, first, last);
+        gather_pieces_f64(b, first, last, clips);
     return 1;
 }
 
-static void apply_block(block *b, ptrdiff_t first, ptrdiff_t last, const gsgd_rates *rates) {
+static void apply_block(block *b, ptrdiff_t first, ptrdiff_t last, const gsgd_rates *rates, double clip) {
     if (b->type == GSGD_FLOAT32)
-        apply_pieces_f32(b, first, last, rates);
+        apply_pieces_f32(b, first, last, rates, clip);
     else
-        apply_pieces_f64(b, first, last, rates);
+        apply_pieces_f64(b, first, last, rates, clip);
 }
 
 static void gather(job *j) {
@@ -176,7 +179,7 @@ static void gather(job *j) {
         ptrdiff_t tasks = b->gather_pieces ? (b->gather_pieces - 1) / b->gather_chunk + 1 : 0;
         for (; task - done < tasks; task = next_piece(&j->gather_task)) {
             ptrdiff_t first = (task - done) * b->gather_chunk, last = first + b->gather_chunk;
-            if (!gather_block(b, first, last < b->gather_pieces ? last : b->gather_pieces))
+            if (!gather_block(b, first, last < b->gather_pieces ? last : b->gather_pieces, j->plan->clips))
                 atomic_store_explicit(&j->not_finite, 1, memory_order_relaxed);
         }
         done += tasks;
@@ -192,7 +195,7 @@ static void apply(job *j) {
         for (; task - done < tasks; task = next_piece(&j->apply_task)) {
             ptrdiff_t first = (tasks - 1 - (task - done)) * b->apply_chunk, last = first + b->apply_chunk;
             apply_block(b, first, last < b->apply_pieces ? last : b->apply_pieces,
-                        &j->options->rates[b->array]);
+                        &j->options->rates[b->array], j->clip);
         }
         done += tasks;
     }
@@ -213,7 +216,7 @@ static double product(const gsgd_plan *plan, const tree_edge *e, double w, const
 }
 
 double gsgd_product(const gsgd_plan *plan, const tree_edge *e) {
-    return product(plan, e, tree_weight(plan, e), &plan->block[e->block].g, e->g);
+    return product(plan, e, tree_weight(plan, e), &plan->block[e->block].s, e->s);
 }
 
 /* S(v) by chain root: out-edges of the units that share it, free edges left out. */
@@ -233,9 +236,7 @@ static int sum_by_root(gsgd_plan *plan) {
     }
     for (ptrdiff_t n = 0; n < plan->num_active; ++n) {
         int64_t u = plan->in_order[n];
-        const tree_edge *e = &plan->out[u];
-        plan->out_w[u] = tree_weight(plan, e);
-        sum[plan->root[u]] -= product(plan, e, plan->out_w[u], &plan->block[e->block].s, e->s);
+        sum[plan->root[u]] -= gsgd_product(plan, &plan->out[u]);
     }
     return all_finite_f64(plan->units + 1, sum - 1, 1);
 }
@@ -261,12 +262,14 @@ KERNEL static void scale_products(ptrdiff_t n, const double *restrict to_a, cons
     }
 }
 
-/* A and B of every unit, relative to the reference scale. A unit where one is 0 or not finite, or -1. */
+/* A and B of every unit, relative to the reference scale, also by rows of blocks. A unit where one is 0 or
+ * not finite, or -1. */
 static int64_t chain_products(gsgd_plan *plan) {
     double *to_a = plan->to_a, *to_b = plan->to_b;
     for (ptrdiff_t n = 0; n < plan->num_active; ++n) {
         int64_t v = plan->in_order[n];
         plan->in_w[v] = tree_weight(plan, &plan->in[v]);
+        plan->out_w[v] = tree_weight(plan, &plan->out[v]);
     }
     divide(plan->units, plan->in_w, plan->in0, to_a);
     divide(plan->units, plan->out_w, plan->out0, to_b);
@@ -277,6 +280,12 @@ static int64_t chain_products(gsgd_plan *plan) {
     }
     scale_products(plan->units, to_a, to_b, plan->c, plan->a, plan->b, plan->inv_a, plan->inv_b, plan->x,
                    plan->inv_x);
+    for (ptrdiff_t k = 0; k < plan->blocks; ++k) {
+        if (plan->block[k].type == GSGD_FLOAT32)
+            spread_rows_f32(plan, &plan->block[k]);
+        else
+            spread_rows_f64(plan, &plan->block[k]);
+    }
     if (all_finite_f64(plan->units, plan->x, 1) && all_finite_f64(plan->units, plan->inv_x, 1))
         return -1;
     for (int64_t v = 0;; ++v)
@@ -284,26 +293,81 @@ static int64_t chain_products(gsgd_plan *plan) {
             return v;
 }
 
-/* The inverse chain rule for the chain that begins with v's in-edge, and its path ratio. 0: not finite. */
+/* dl / dx of the chain that begins with v's in-edge, by the inverse chain rule. */
+static double chain_gradient(const job *j, int64_t v) {
+    const gsgd_plan *plan = j->plan;
+    const tree_edge *in = &plan->in[v];
+    double d = product(plan, in, plan->in_w[v], &plan->block[in->block].s, in->s) - plan->sum[v];
+    d *= plan->inv_x[v];
+    return j->options->norm == NULL ? d : d / j->options->norm[v];
+}
+
+/* The square that a tree edge has in column_square, times 1 / A^2. */
+static double edge_square(const gsgd_plan *plan, const tree_edge *e) {
+    const block *b = &plan->block[e->block];
+    if (b->g.data == NULL)
+        return 0;
+    double inv_a = plan->inv_a[col_unit(b, e->index)], f = plan->inv_b[row_unit(b, e->index)];
+    double g = load_at(b->type, &b->g, e->g),
+           d = b->type == GSGD_FLOAT32 ? (double)((float)g * (float)f) : g * f;
+    return (b->type == GSGD_FLOAT32 ? (double)((float)d * (float)d) : d * d) * inv_a * inv_a;
+}
+
+/* The sum of squares of dl / dx: of ordinary edges from the columns' sums less those of tree edges; and of
+ * chains. */
+static double sum_of_squares(const job *j) {
+    const gsgd_plan *plan = j->plan;
+    double total = 0, chains = 0;
+    for (ptrdiff_t k = 0; k < plan->blocks; ++k) {
+        const block *b = &plan->block[k];
+        if (b->rows == 0 || b->g.data == NULL)
+            continue;
+        for (ptrdiff_t n = 0, i = 0; n < b->groups * b->cols; ++n) {
+            double column = 0, inv_a = plan->inv_a[b->col_unit[n]];
+            for (ptrdiff_t t = 0; t < b->taps; ++t, ++i)
+                column += b->column_square[i];
+            total += column * inv_a * inv_a;
+        }
+    }
+    for (ptrdiff_t n = 0; n < plan->num_active; ++n) {
+        int64_t v = plan->in_order[n];
+        total -= edge_square(plan, &plan->out[v]);
+        if (plan->in_is_free[v] || plan->block[plan->in[v].block].g.data == NULL)
+            continue;
+        double d = chain_gradient(j, v);
+        total -= edge_square(plan, &plan->in[v]);
+        chains += d * d;
+    }
+    return (total < 0 ? 0 : total) + chains; /* NaN stays */
+}
+
+/* |r| limited to [1 / most, most], with the sign of r; 0 counts as positive. */
+static double limited(double r, double most) {
+    double size = fabs(r), low = 1 / most;
+    size = size < low ? low : size > most ? most : size;
+    return r < 0 ? -size : size;
+}
+
+/* The path ratio of the chain that begins with v's in-edge. 0: not finite, or so small that its inverse is
+ * not. */
 static int solve_chain(job *j, int64_t v) {
     gsgd_plan *plan = j->plan;
     const tree_edge *in = &plan->in[v];
     const block *b = &plan->block[in->block];
     const gsgd_rates *o = &j->options->rates[b->array];
-    const rates_f64 rates = rates_of_f64(o, b->m.data != NULL);
-    double inv_x = plan->inv_x[v], r = 1;
+    const rates_f64 rates = rates_of_f64(o, b->m.data != NULL, j->clip);
+    double r = 1;
     double m1 = b->m.data == NULL ? 0 : load_at(b->type, &b->m, in->m);
     double m2 = b->v.data == NULL ? 0 : load_at(b->type, &b->v, in->v);
     if (b->g.data != NULL) {
-        double d = (product(plan, in, plan->in_w[v], &b->g, in->g) - plan->sum[v]) * inv_x;
-        r = 1 - o->lr * direction_f64(d, &m1, &m2, &rates, o->method, rates.moves) * inv_x;
+        double d = rates.clip * chain_gradient(j, v);
+        r = 1 - o->lr * direction_f64(d, &m1, &m2, &rates, o->method, rates.moves) * plan->inv_x[v];
     }
-    if (!isfinite(r))
-        return 0;
-    double low = 1 / j->options->max_ratio, high = j->options->max_ratio;
-    j->clamped += r < low || r > high;
-    plan->ratio[v] = r < low ? low : r > high ? high : r;
+    plan->ratio[v] = limited(r, j->options->max_ratio);
     plan->inv_rho[v] = 1 / plan->ratio[v];
+    if (!isfinite(r) || !isfinite(plan->inv_rho[v]))
+        return 0;
+    j->clamped += r != plan->ratio[v];
     plan->in_w[v] *= plan->ratio[v] * plan->inv_rho[plan->in_unit[v]];
     plan->new_m[v] = m1;
     plan->new_v[v] = m2;
@@ -315,8 +379,12 @@ static gsgd_status solve(job *j) {
     j->unit = -1;
     if (atomic_load(&j->not_finite) || !sum_by_root(plan))
         return GSGD_NOT_FINITE;
-    if ((j->unit = chain_products(plan)) >= 0)
-        return GSGD_NOT_FINITE;
+    if (plan->clips) {
+        double norm = sqrt(sum_of_squares(j));
+        if (!isfinite(norm))
+            return GSGD_NOT_FINITE;
+        j->clip = fmin(1, j->options->clip_norm / (norm + 1e-6)); /* as torch's clip_grad_norm_ */
+    }
     for (ptrdiff_t n = 0; n < plan->num_active; ++n) {
         int64_t v = plan->in_order[n];
         if (plan->in_is_free[v]) {
@@ -330,9 +398,9 @@ static gsgd_status solve(job *j) {
         block *b = &plan->block[k];
         int decays = j->options->rates[b->array].weight_decay != 0;
         if (b->type == GSGD_FLOAT32)
-            spread_f32(plan, b, decays);
+            spread_lines_f32(plan, b, decays);
         else
-            spread_f64(plan, b, decays);
+            spread_lines_f64(plan, b, decays);
     }
     return GSGD_OK;
 }
@@ -391,9 +459,10 @@ static void locate(const gsgd_plan *plan, tree_edge *e) {
 /* See the caller's arrays, and plan the walk over them unless it is that of the call before. The number of
  * entries. */
 static ptrdiff_t plan_work(gsgd_plan *plan, const gsgd_array *weights, const gsgd_array *gradients,
-                           const gsgd_array *sums, const gsgd_array *m, const gsgd_array *v) {
+                           const gsgd_array *sums, const gsgd_array *m, const gsgd_array *v, int clips) {
     ptrdiff_t size = 0;
-    int changed = 0;
+    int changed = 0, other_pieces = clips != plan->clips;
+    plan->clips = clips;
     gsgd_bind(plan, weights, offsetof(block, w));
     gsgd_bind(plan, gradients, offsetof(block, g));
     gsgd_bind(plan, sums, offsetof(block, s));
@@ -405,7 +474,9 @@ static ptrdiff_t plan_work(gsgd_plan *plan, const gsgd_array *weights, const gsg
         if (!same_strides(b)) {
             changed = 1;
             plan_walk(b);
-            plan_pieces(b);
+            plan_pieces(b, clips);
+        } else if (other_pieces) {
+            plan_pieces(b, clips);
         }
     }
     for (ptrdiff_t n = 0; changed && n < plan->num_active; ++n) {
@@ -443,10 +514,17 @@ static void learn_what_pays(gsgd_plan *plan, int threads, double seconds) {
 gsgd_status gsgd_step(gsgd_plan *plan, const gsgd_array *weights, const gsgd_array *gradients,
                       const gsgd_array *sums, const gsgd_array *m, const gsgd_array *v,
                       const gsgd_options *options, ptrdiff_t *clamped, int64_t *unit) {
-    ptrdiff_t size = plan_work(plan, weights, gradients, sums, m, v);
+    ptrdiff_t size = plan_work(plan, weights, gradients, sums, m, v, isfinite(options->clip_norm));
+    *clamped = 0;
+    if ((*unit = chain_products(plan)) >= 0)
+        return GSGD_NOT_FINITE;
     int several = size >= SERIAL && options->threads > 1;
     job j = {
-        .plan = plan, .options = options, .threads = several ? threads_that_pay(plan, options->threads) : 1};
+        .plan = plan,
+        .options = options,
+        .clip = 1,
+        .threads = several ? threads_that_pay(plan, options->threads) : 1,
+    };
     double begin = several ? clock_now() : 0;
     run_parallel(j.threads, work, &j);
     if (j.status == GSGD_OK && several)
@@ -461,7 +539,7 @@ gsgd_status gsgd_step(gsgd_plan *plan, const gsgd_array *weights, const gsgd_arr
 gsgd_status gsgd_gather(gsgd_plan *plan, const gsgd_array *weights, const gsgd_array *gradients,
                         const gsgd_array *sums) {
     job j = {.plan = plan};
-    plan_work(plan, weights, gradients, sums, NULL, NULL);
+    plan_work(plan, weights, gradients, sums, NULL, NULL, 0);
     gather(&j);
     return sum_by_root(plan) ? GSGD_OK : GSGD_NOT_FINITE;
 }

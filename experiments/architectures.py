@@ -10,12 +10,23 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-def mlp(widths: Sequence[int]) -> nn.Sequential:
-    """Dense layers without biases (table 6 counts none) and ReLU, on flattened images."""
+def mlp(widths: Sequence[int], bias: bool = False) -> nn.Sequential:
+    """Dense layers (table 6 counts no biases) and ReLU, on flattened images."""
     layers: list[nn.Module] = [nn.Flatten()]
     for read, write in pairwise(widths):
-        layers += [nn.Linear(read, write, bias=False), nn.ReLU()]
+        layers += [nn.Linear(read, write, bias), nn.ReLU()]
     return nn.Sequential(*layers[:-1])
+
+
+def cnn(width: int, classes: int) -> nn.Sequential:
+    """Seven layers without normalization: six 3x3 convolutions, every second of which strides, and a dense one."""
+    layers: list[nn.Module] = []
+    read = 3
+    for stage in range(3):
+        for stride in (1, 2):
+            layers += [nn.Conv2d(read, width << stage, 3, stride, 1), nn.ReLU()]
+            read = width << stage
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(read, classes))
 
 
 class Block(nn.Module):

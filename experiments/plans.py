@@ -9,9 +9,9 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from architectures import CONV_NETS, ConvNet, mlp
+from architectures import CONV_NETS, ConvNet, cnn, mlp
 from data import Data, cifar10, cifar100, fashion_mnist, mnist
-from methods import METHODS, PAPER, PATH_SGD, Method
+from methods import METHODS, PAPER, PATH_SGD, Method, StartName
 from training import Run, Task
 
 import gsgd.torch
@@ -167,6 +167,36 @@ def regularization(scale: Scale, folder: Path) -> Tasks:
     return tasks
 
 
+def limited(starts: Sequence[StartName], momentum: float = 0.0) -> dict[str, Method]:
+    """SGD and G-SGD with limits on path ratios, from several starts."""
+    named: dict[StartName, str] = {"he": "He", "default": "PyTorch's"}
+    moving = {"momentum": momentum}
+    methods = {f"SGD, {named[s]} start": Method(s, "SGD", moving) for s in starts}
+    for s, kind, r in product(starts, ("balanced", "ones"), (1.5, 2.0, 4.0, None)):
+        options = {"scale": kind, "max_ratio": r, **moving}
+        methods[f"G-SGD {kind}, {named[s]} start, limit {r}"] = Method(s, "G-SGD", options)
+    return methods
+
+
+def robust(scale: Scale, folder: Path) -> Tasks:
+    data = mnist(folder).fewer(scale.images)
+    tasks: Tasks = {}
+    for h, momentum in product(scale.widths, (0.0, 0.9)):
+        task = Task(data, partial(mlp, (data.train_x[0].numel(), *(h,) * 5, data.classes), True), decay=True)
+        tasks[f"784-{h}x5-10, biases, momentum {momentum:g}"] = (task, limited(("he", "default"), momentum))
+    return tasks
+
+
+def robust_cnn(scale: Scale, folder: Path) -> Tasks:
+    tasks = conv_tasks(scale, folder)
+    for name, width in product(scale.sets, scale.widths):
+        data = CONV_SETS[name](folder).fewer(scale.conv_images).shrunk(scale.shrink)
+        model = partial(cnn, width, data.classes)
+        setting = f"{data.name}, CNN without BN, {width} maps"
+        tasks[setting] = Task(data, model, scale.conv_batch, decay=True, augment=True)
+    return each(tasks, limited(("default",)))
+
+
 def cifar(scale: Scale, folder: Path) -> Tasks:
     return each(conv_tasks(scale, folder), METHODS)
 
@@ -211,6 +241,33 @@ PLANS = {
         Scale(100, 5, (64,), (1.0, 0.3, 0.1, 0.03, 0.01), **ONE_CONV),
         Scale(6, 2, (64,), (0.3, 0.1), 20_000, nets=("Plain-10",), **SMALL_CONV, leaves_out=SHORT),
         signs,
+    ),
+    "robust": Plan(
+        "ours: the limit on path ratios against rate, scale and start, 784-64x5-10 with biases on MNIST",
+        Scale(20, 5, (64,), (1.0, 0.5, 0.3, 0.1, 0.03)),
+        Scale(
+            3,
+            3,
+            (64,),
+            (1.0, 0.5, 0.3, 0.1, 0.03),
+            15_000,
+            leaves_out="three quarters of the images; epochs 4 to 20; two of five seeds",
+        ),
+        robust,
+    ),
+    "robust_cnn": Plan(
+        "ours: the limit on path ratios, networks of convolutions with and without batch normalization",
+        Scale(164, 5, (64,), (1.0, 0.3, 0.1), nets=("Plain-34", "ResNet-34"), sets=("cifar-10",)),
+        Scale(
+            4,
+            2,
+            (8,),
+            (1.0, 0.3, 0.1),
+            nets=("Plain-10", "ResNet-10"),
+            **SMALL_CONV,
+            leaves_out=f"24 of 34 layers; {CUT}; epochs 5 to 164; three of five seeds; He's start",
+        ),
+        robust_cnn,
     ),
     "path_sgd": Plan(
         "section 5.3, figure 5: 5 hidden layers of 64, MNIST and grey CIFAR-10",

@@ -22,15 +22,25 @@ class Plan:
     def step(
         self,
         weights: list[Any],
-        gradients: list[Any],
+        gradients: list[Any] | NDArray[np.uintp],  # addresses of buffers that are laid out as the weights; 0 for none
         sums: list[Any] | None,
+        norm: NDArray[np.float64] | None,
         m: list[Any],
         v: list[Any],
         rates: NDArray[np.float64],
         max_ratio: float,
+        clip_norm: float,
         threads: int,
         /,
     ) -> int: ...
     def path_values(self, weights: list[Any], values: list[Any], logs: list[Any] | None, /) -> None: ...
-    def path_gradients(self, weights: list[Any], gradients: list[Any], sums: list[Any], out: list[Any], /) -> None: ...
+    def path_gradients(
+        self,
+        weights: list[Any],
+        gradients: list[Any],
+        sums: list[Any],
+        norm: NDArray[np.float64] | None,
+        out: list[Any],
+        /,
+    ) -> None: ...
     def allocate(self, weights: list[Any], ratios: list[Any], out: list[Any], /) -> None: ...

@@ -32,7 +32,7 @@ Leaves that the network does not mention take the plain steps of SGD, Adam or RM
 `optax.multi_transform` keeps from a transformation pin the units that they meet.
 
 An update is the difference of new and old weights, so these transformations belong at the end of `optax.chain`
-(clipping, before; nothing that changes updates, after) and `update` must be given `params`. Weights that never move
+(nothing that changes updates, after) and `update` must be given `params`. Weights that never move
 (the skeleton's out-edges) have updates of exactly 0; at the others `params + updates` rounds once more than the step
 itself. Per-unit numbers are computed in float64 in JAX's x64 mode and in float32 without it, all else in the types of
 the parameters, bfloat16 included.
@@ -70,7 +70,7 @@ from numpy.typing import NDArray
 from gsgd import reference
 from gsgd.jax import names
 from gsgd.network import Network, plain_block
-from gsgd.optimizer import check_max_ratio
+from gsgd.optimizer import check_clip_norm, check_max_ratio, limit
 from gsgd.rates import Rates, adam, rmsprop, sgd
 from gsgd.skeleton import Rule, Skeleton, check_rule
 
@@ -130,7 +130,8 @@ def gsgd(
     weight_decay: Number = 0.0,
     scale: ScaleName = "balanced",
     rule: Rule = "modulo",
-    max_ratio: Number = 10.0,
+    max_ratio: Number | Literal["auto"] | None = "auto",
+    clip_norm: Number | None = None,
 ) -> optax.GradientTransformation:
     """G-SGD: stochastic gradient descent in the positively scale-invariant space (Meng et al., ICLR 2019).
 
@@ -140,7 +141,7 @@ def gsgd(
         A schedule is given the number of steps taken.
     network : Network
         Of parameters named by their key paths, see `gsgd.jax.names`.
-    momentum, nesterov, weight_decay, scale, rule, max_ratio
+    momentum, nesterov, weight_decay, scale, rule, max_ratio, clip_norm
         See `gsgd.GSGD`. There is no scale "ones", which would overwrite weights; see `ones`.
 
     Raises
@@ -154,7 +155,7 @@ def gsgd(
     def rates(lr: Number, step: Array) -> Rates:
         return Rates(lr, momentum, weight_decay, nesterov=nesterov)
 
-    return _transformation(learning_rate, network, rates, _is_set(momentum), False, scale, rule, max_ratio)
+    return _transformation(learning_rate, network, rates, _is_set(momentum), False, scale, rule, max_ratio, clip_norm)
 
 
 def gadam(
@@ -167,13 +168,14 @@ def gadam(
     decoupled: bool = True,
     scale: ScaleName = "balanced",
     rule: Rule = "modulo",
-    max_ratio: Number = 10.0,
+    max_ratio: Number | Literal["auto"] | None = "auto",
+    clip_norm: Number | None = None,
 ) -> optax.GradientTransformation:
     """Adam on the values of basis paths, with the options of `optax.adamw`.
 
     Parameters
     ----------
-    learning_rate, network, scale, rule, max_ratio
+    learning_rate, network, scale, rule, max_ratio, clip_norm
         See `gsgd`.
     b1, b2, eps, weight_decay, decoupled
         ``betas=(b1, b2)`` and the others of `gsgd.GAdam`.
@@ -186,7 +188,7 @@ def gadam(
         correct_m, correct_v = (-1 / jnp.expm1(step * jnp.log(b)) for b in (b1, b2))
         return Rates(lr, b1, weight_decay, b2, eps, correct_m, correct_v, decoupled=decoupled, method="adam")
 
-    return _transformation(learning_rate, network, rates, True, True, scale, rule, max_ratio)
+    return _transformation(learning_rate, network, rates, True, True, scale, rule, max_ratio, clip_norm)
 
 
 def grmsprop(
@@ -198,13 +200,14 @@ def grmsprop(
     momentum: Number = 0.0,
     scale: ScaleName = "balanced",
     rule: Rule = "modulo",
-    max_ratio: Number = 10.0,
+    max_ratio: Number | Literal["auto"] | None = "auto",
+    clip_norm: Number | None = None,
 ) -> optax.GradientTransformation:
     """RMSProp on the values of basis paths, as ``optax.rmsprop(..., eps_in_sqrt=False)``.
 
     Parameters
     ----------
-    learning_rate, network, scale, rule, max_ratio
+    learning_rate, network, scale, rule, max_ratio, clip_norm
         See `gsgd`.
     decay, eps, weight_decay, momentum
         ``alpha=decay`` and the others of `gsgd.GRMSprop`.
@@ -215,7 +218,7 @@ def grmsprop(
     def rates(lr: Number, step: Array) -> Rates:
         return Rates(lr, momentum, weight_decay, decay, eps, method="rmsprop")
 
-    return _transformation(learning_rate, network, rates, _is_set(momentum), True, scale, rule, max_ratio)
+    return _transformation(learning_rate, network, rates, _is_set(momentum), True, scale, rule, max_ratio, clip_norm)
 
 
 def ones(params: Tree, network: Network) -> Tree:
@@ -257,15 +260,18 @@ def _transformation(
     has_v: bool,
     scale: ScaleName,
     rule: Rule,
-    max_ratio: Number,
+    max_ratio: Number | Literal["auto"] | None,
+    clip_norm: Number | None,
 ) -> optax.GradientTransformation:
     if not isinstance(network, Network):
         raise TypeError(f"network: expected a gsgd.Network, got {type(network).__name__}")
     if scale not in ("balanced", "initial"):
         raise ValueError(f"scale: expected 'balanced', or 'initial' (for 'ones' from gsgd.optax.ones), got {scale!r}")
     check_rule(rule)
-    if isinstance(max_ratio, Real):
-        check_max_ratio(float(max_ratio))
+    if max_ratio is None or isinstance(max_ratio, (Real, str)):
+        max_ratio = limit(check_max_ratio(max_ratio, scale))
+    if isinstance(clip_norm, Real):
+        check_clip_norm(float(clip_norm))
     if any(b.batch_norm for b in network.blocks):
         raise ValueError("batch_norm 'paper' and 'released' are not supported here; describe the network with 'exact'")
 
@@ -299,9 +305,11 @@ def _transformation(
             weights,
             gradients,
             gradients,
+            None,
             list(zip(*moments, strict=True)),
             [rates(lr, state.count + 1)] * len(weights),
             max_ratio,
+            clip_norm,
         )
         finite = solution.finite
         for g in gradients:

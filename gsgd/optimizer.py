@@ -50,12 +50,34 @@ def check_scale(scale: ScaleName) -> ScaleName:
     return scale
 
 
-def check_max_ratio(max_ratio: float) -> float:
-    """`max_ratio` as a float, finite and larger than 1."""
-    value = number("max_ratio", max_ratio)
+MaxRatio = float | None | Literal["auto"]
+
+DEFAULT_MAX_RATIO = 4.0  # measured: experiments/README.md
+
+
+def check_max_ratio(max_ratio: MaxRatio, scale: ScaleName) -> float | None:
+    """The limit on path ratios: a number > 1, None for none, or "auto": none for scale "ones", else the default."""
+    if max_ratio is None or (isinstance(max_ratio, str) and max_ratio == "auto" and scale == "ones"):
+        return None
+    value = DEFAULT_MAX_RATIO if max_ratio == "auto" else number("max_ratio", max_ratio)
     if not (math.isfinite(value) and value > 1):
-        raise ValueError(f"max_ratio: expected a finite number > 1, got {max_ratio!r}")
+        raise ValueError(f"max_ratio: expected a finite number > 1, None for no limit, or 'auto', got {max_ratio!r}")
     return value
+
+
+def check_clip_norm(clip_norm: float | None) -> float | None:
+    """`clip_norm` as a float, finite and positive, or None."""
+    if clip_norm is None:
+        return None
+    value = number("clip_norm", clip_norm)
+    if not (math.isfinite(value) and value > 0):
+        raise ValueError(f"clip_norm: expected a finite number > 0, or None, got {clip_norm!r}")
+    return value
+
+
+def limit(x: float | None) -> float:
+    """A limit as the plans take it: infinity for None."""
+    return math.inf if x is None else x
 
 
 def check_threads(threads: int) -> int:
@@ -69,7 +91,7 @@ def check_threads(threads: int) -> int:
 
 @dataclass
 class Stats:
-    """Counts since construction: steps, and path ratios that were clamped."""
+    """Counts since construction: steps, and path ratios that `max_ratio` limited."""
 
     steps: int = 0
     clamped: int = 0
@@ -87,14 +109,16 @@ class _PathOptimizer:
         scale: ScaleName,
         rule: Rule,
         threads: int | None,
-        max_ratio: float,
+        max_ratio: MaxRatio,
+        clip_norm: float | None,
         backend: Backend,
     ) -> None:
         if not isinstance(net, Network):
             raise TypeError(f"net: expected a gsgd.Network, got {type(net).__name__}")
         first = make(**hyperparameters)
         self._make, self._hyperparameters = make, dict(hyperparameters)
-        self.scale, self.max_ratio = check_scale(scale), check_max_ratio(max_ratio)
+        self.scale, self.max_ratio = check_scale(scale), check_max_ratio(max_ratio, scale)
+        self.clip_norm = check_clip_norm(clip_norm)
         self.threads = default_threads() if threads is None else check_threads(threads)
         self.stats = Stats()
         self._net = net
@@ -186,8 +210,10 @@ class _PathOptimizer:
         elif set(map(type, gradients)) != {np.ndarray}:  # the C core checks shapes and dtypes itself
             gradients = [as_array(f"gradient of {name!r}", grads[name]) for name in self._arrays]
         sums: list[NDArray[Any] | None] | None = None
+        norm = None
         if self._approximates:
-            gradients, sums = batch_norm_gradients(self._net, self._arrays, gradients)
+            in_edges = self.skeleton.edge_arrays[0]
+            gradients, sums, norm = batch_norm_gradients(self._net, self._arrays, gradients, in_edges)
         if self._make is adam:
             self._set_rates(adam(**self._hyperparameters, step=self.stats.steps + 1))
         try:
@@ -195,10 +221,12 @@ class _PathOptimizer:
                 self._weights,
                 gradients,
                 sums,
+                norm,
                 self._m,
                 self._v,
                 self._rates,
-                self.max_ratio,
+                limit(self.max_ratio),
+                limit(self.clip_norm),
                 usable_threads(self.threads),
             )
         except FloatingPointError as error:
@@ -218,6 +246,7 @@ class _PathOptimizer:
         return {
             "hyperparameters": dict(self._hyperparameters),
             "max_ratio": self.max_ratio,
+            "clip_norm": self.clip_norm,
             "scale": self.scale,
             "rule": self.skeleton.rule,
             "in_edges": in_edges.copy(),
@@ -234,6 +263,7 @@ class _PathOptimizer:
         """Continue from `state_dict`: with the weights of that moment, every further step has the same bits."""
         if not isinstance(state, Mapping):
             raise TypeError(f"state_dict: expected a mapping, got {type(state).__name__}")
+        state = {"clip_norm": None, **state}  # version 0.1 had none
         missing = self.state_dict().keys() - state.keys()
         if missing:
             raise ValueError(f"state_dict: {sorted(missing)[0]!r} is missing")
@@ -249,14 +279,15 @@ class _PathOptimizer:
             raise ValueError(f"state_dict: expected the skeleton of {units} units")
         if not all((np.isfinite(r) & (r != 0)).all() for r in reference) or (reference[2] < 0).any():
             raise ValueError("state_dict: the reference scale has entries that are 0 or not finite")
-        scale, max_ratio = check_scale(state["scale"]), check_max_ratio(state["max_ratio"])
+        scale = check_scale(state["scale"])
+        max_ratio, clip_norm = check_max_ratio(state["max_ratio"], scale), check_clip_norm(state["clip_norm"])
         rule, stats = check_rule(state["rule"]), Stats(int(state["steps"]), int(state["clamped"]))
         self.skeleton.replace_edges((edges[0], edges[1]), self._arrays)
         self.skeleton.rule = rule
         self._set_reference((reference[0], reference[1], reference[2]))
         self._hyperparameters = hyperparameters
         self._set_rates(rates)
-        self.scale, self.max_ratio, self.stats = scale, max_ratio, stats
+        self.scale, self.max_ratio, self.clip_norm, self.stats = scale, max_ratio, clip_norm, stats
         self._m, self._v = moments
 
 
@@ -286,8 +317,14 @@ class GSGD(_PathOptimizer):
         At most so many; OMP_NUM_THREADS or all processors by default. Results do not depend on it. Steps are timed, and
         one thread takes them while several take longer, as when other processes keep the cores busy. The child of a
         fork takes its steps with one.
-    max_ratio : float
-        A path ratio outside ``[1 / max_ratio, max_ratio]`` is clamped and counted in `stats`.
+    max_ratio : float or None or "auto"
+        Limits the magnitude of path ratios R to ``[1 / max_ratio, max_ratio]``; the sign stays, and 0 counts as
+        positive (METHOD.md, section 7). Limited ratios are counted in `stats`. None: no limit, as in the paper. "auto":
+        None with ``scale="ones"``, otherwise 4.
+    clip_norm : float, optional
+        Limits the norm of dl/dx over all coordinates (of parameters that `net` does not mention: of their gradients) as
+        `torch.nn.utils.clip_grad_norm_` limits that of gradients. Clipping gradients before the step would make the
+        step depend on the weights' scale; this does not.
     backend : {"c", "reference"}
         The C core, or the readable specification.
 
@@ -309,11 +346,12 @@ class GSGD(_PathOptimizer):
         rule: Rule = "modulo",
         threads: int | None = None,
         *,
-        max_ratio: float = 10.0,
+        max_ratio: MaxRatio = "auto",
+        clip_norm: float | None = None,
         backend: Backend = "c",
     ) -> None:
         hyperparameters = {"lr": lr, "momentum": momentum, "nesterov": nesterov, "weight_decay": weight_decay}
-        super().__init__(params, net, sgd, hyperparameters, scale, rule, threads, max_ratio, backend)
+        super().__init__(params, net, sgd, hyperparameters, scale, rule, threads, max_ratio, clip_norm, backend)
 
     @property
     def momentum(self) -> float:
@@ -331,7 +369,7 @@ class GAdam(_PathOptimizer):
 
     Parameters
     ----------
-    params, net, scale, rule, threads, max_ratio, backend
+    params, net, scale, rule, threads, max_ratio, clip_norm, backend
         See `GSGD`.
     lr : float
     betas : (float, float)
@@ -357,7 +395,8 @@ class GAdam(_PathOptimizer):
         rule: Rule = "modulo",
         threads: int | None = None,
         *,
-        max_ratio: float = 10.0,
+        max_ratio: MaxRatio = "auto",
+        clip_norm: float | None = None,
         backend: Backend = "c",
     ) -> None:
         hyperparameters = {
@@ -367,7 +406,7 @@ class GAdam(_PathOptimizer):
             "weight_decay": weight_decay,
             "decoupled": decoupled,
         }
-        super().__init__(params, net, adam, hyperparameters, scale, rule, threads, max_ratio, backend)
+        super().__init__(params, net, adam, hyperparameters, scale, rule, threads, max_ratio, clip_norm, backend)
 
 
 class GRMSprop(_PathOptimizer):
@@ -375,7 +414,7 @@ class GRMSprop(_PathOptimizer):
 
     Parameters
     ----------
-    params, net, scale, rule, threads, max_ratio, backend
+    params, net, scale, rule, threads, max_ratio, clip_norm, backend
         See `GSGD`.
     lr : float
     alpha : float
@@ -400,8 +439,9 @@ class GRMSprop(_PathOptimizer):
         rule: Rule = "modulo",
         threads: int | None = None,
         *,
-        max_ratio: float = 10.0,
+        max_ratio: MaxRatio = "auto",
+        clip_norm: float | None = None,
         backend: Backend = "c",
     ) -> None:
         hyperparameters = {"lr": lr, "alpha": alpha, "eps": eps, "weight_decay": weight_decay, "momentum": momentum}
-        super().__init__(params, net, rmsprop, hyperparameters, scale, rule, threads, max_ratio, backend)
+        super().__init__(params, net, rmsprop, hyperparameters, scale, rule, threads, max_ratio, clip_norm, backend)

@@ -8,6 +8,7 @@ reference scale (A and B); x = w A(u) B(v) is the coordinate of an ordinary edge
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
@@ -257,8 +258,17 @@ class Solution:
     rho: Array
     m: Array
     v: Array
+    clip: Array
     clamped: Array
     finite: Array
+
+
+def chain_products(t: Tables, scale: Scale, weights: Sequence[Array]) -> tuple[Array, Array]:
+    """A and B per unit, the products of tree weights relative to the reference scale (METHOD.md, section 4)."""
+    xp = array_namespace(*weights)
+    a = _along(t.in_tree, _at_tree(xp, t, t.in_tree, weights, 1.0) / scale.in_weights, xp.multiply) / scale.c
+    b = _along(t.out_tree, _at_tree(xp, t, t.out_tree, weights, 1.0) / scale.out_weights, xp.multiply) * scale.c
+    return a, b
 
 
 def gather(t: Tables, weights: Sequence[Array], sums: Sequence[Array | None]) -> Array:
@@ -281,23 +291,44 @@ def gather(t: Tables, weights: Sequence[Array], sums: Sequence[Array | None]) ->
     return xp.sum(xp.concat(columns)[t.columns_of_root], axis=1)
 
 
+def sum_of_squares(t: Tables, a: Array, b: Array, gradients: Sequence[Array | None]) -> Array:
+    """The sum of (dl/dx)^2 over ordinary edges, from the products A and B."""
+    xp = array_namespace(a)
+    total = xp.sum(xp.zeros_like(a))
+    for k in t.blocks:
+        if gradients[k.array] is not None:
+            d = xp.astype(view(xp, k, gradients), a.dtype) / (a[k.cols] * b[k.rows])
+            total = total + xp.sum(xp.where(k.chain | k.free, xp.zeros_like(d), d * d))
+    return total
+
+
 def solve(
     t: Tables,
-    scale: Scale,
+    a: Array,
+    b: Array,
     weights: Sequence[Array],
     gradients: Sequence[Array | None],
+    sums: Sequence[Array | None],
+    norm: Array | None,
     s: Array,
+    squares: Array | None,
     moments: Sequence[Moments],
     rates: Sequence[Rates],
     max_ratio: float | Array,
+    clip_norm: float | Array,
 ) -> Solution:
-    """On the trees: chain products, the inverse chain rule, path ratios."""
+    """On the trees: the inverse chain rule, clipping, path ratios."""
     xp = array_namespace(*weights)
-    in_weights = _at_tree(xp, t, t.in_tree, weights, 1.0)
-    a = _along(t.in_tree, in_weights / scale.in_weights, xp.multiply) / scale.c
-    b = _along(t.out_tree, _at_tree(xp, t, t.out_tree, weights, 1.0) / scale.out_weights, xp.multiply) * scale.c
     x = a * b
-    d = (in_weights * _at_tree(xp, t, t.in_tree, gradients, 0.0) - s) / x
+    d = (_at_tree(xp, t, t.in_tree, weights, 1.0) * _at_tree(xp, t, t.in_tree, sums, 0.0) - s) / x
+    d = d if norm is None else d / norm
+    clip = xp.ones_like(xp.sum(x))
+    if squares is not None:
+        given = [i for i, g in enumerate(gradients) if g is not None]
+        moves = t.chain & _among(xp, t.in_array, given, len(gradients))
+        total = xp.sqrt(squares + xp.sum(xp.where(moves, d * d, xp.zeros_like(d))))
+        clip = xp.minimum(clip, clip_norm / (total + 1e-6))  # as torch.nn.utils.clip_grad_norm_
+        d = clip * d
     m, v = (_at_tree(xp, t, t.in_tree, [pair[i] for pair in moments], 0.0) for i in (0, 1))
     r = xp.ones_like(x)
     for o in {id(o): o for o in rates}.values():
@@ -309,9 +340,12 @@ def solve(
         e, (new_m, new_v) = direction(xp, o, d, m if has_m else None, v)
         r = xp.where(here, 1 - o.lr * e / x, r)
         m, v = m if new_m is None else xp.where(here, new_m, m), xp.where(here, new_v, v)
-    ratio = xp.clip(r, 1 / max_ratio, max_ratio)
-    finite = xp.all(xp.isfinite(r)) & xp.all(xp.isfinite(1 / x)) & xp.all(xp.isfinite(x))
-    return Solution(a, b, ratio, ratio[t.root], m, v, xp.count_nonzero(r != ratio), finite)
+    size = xp.clip(xp.abs(r), 1 / max_ratio, max_ratio)
+    ratio = xp.where(r < 0, -size, size)
+    finite = xp.isfinite(clip)
+    for values in (r, 1 / ratio, x, 1 / x):
+        finite = finite & xp.all(xp.isfinite(values))
+    return Solution(a, b, ratio, ratio[t.root], m, v, clip, xp.count_nonzero(r != ratio), finite)
 
 
 def _among(xp: Any, ids: Array, wanted: Sequence[int], count: int) -> Array:
@@ -345,14 +379,15 @@ def apply(
         if w.dtype not in per_unit:
             a, b, ratio, rho = solution.a, solution.b, solution.ratio, solution.rho
             per_unit[w.dtype] = [
-                xp.astype(x, w.dtype) for x in (a, b, 1 / a, 1 / b, ratio, 1 / rho, solution.m, solution.v)
+                xp.astype(x, w.dtype)
+                for x in (a, b, 1 / a, 1 / b, ratio, 1 / rho, solution.clip, solution.m, solution.v)
             ]
-        a, b, per_a, per_b, ratio, per_rho, *of_chain = per_unit[w.dtype]
+        a, b, per_a, per_b, ratio, per_rho, clip, *of_chain = per_unit[w.dtype]
         rho = per_rho[k.cols]
         new = w
         if gradients[k.array] is not None:
             per_x = per_a[k.cols] * per_b[k.rows]  # dw / dx
-            d = view(xp, k, gradients) * per_x
+            d = clip * (view(xp, k, gradients) * per_x)
             decay = o.weight_decay * (w * (a[k.cols] * b[k.rows]))
             e, (m, v) = direction(xp, o, d if o.decoupled else d + decay, m, v)
             new = w - o.lr * ((e + decay if o.decoupled else e) * per_x)
@@ -372,13 +407,29 @@ def step(
     weights: Sequence[Array],
     gradients: Sequence[Array | None],
     sums: Sequence[Array | None],
+    norm: Array | None,
     moments: Sequence[Moments],
     rates: Sequence[Rates],
-    max_ratio: float | Array = 10.0,
+    max_ratio: float | Array,
+    clip_norm: float | Array | None,
 ) -> tuple[list[Array], list[Moments], Solution]:
-    """Gather, solve, apply."""
+    """Gather, solve, apply.
+
+    Parameters
+    ----------
+    sums, norm
+        What approximations of batch normalization put in the place of gradients in the inverse chain rule of in-edges,
+        and by what they divide dl/dx of a chain, (H + 1,); `gradients` and None without.
+    max_ratio : float
+        Limits the magnitudes of path ratios to ``[1 / max_ratio, max_ratio]``; infinity does not.
+    clip_norm : float, optional
+        Limits the norm of dl/dx over all coordinates.
+    """
+    a, b = chain_products(t, scale, weights)
     s = gather(t, weights, sums)
-    solution = solve(t, scale, weights, gradients, s, moments, rates, max_ratio)
+    squares = None if clip_norm is None else sum_of_squares(t, a, b, gradients)
+    limits = (max_ratio, math.inf if clip_norm is None else clip_norm)
+    solution = solve(t, a, b, weights, gradients, sums, norm, s, squares, moments, rates, *limits)
     return *apply(t, solution, weights, gradients, moments, rates), solution
 
 
@@ -477,13 +528,15 @@ class Plan:
         weights: list[Array],
         gradients: list[Array | None],
         sums: list[Array | None] | None,
+        norm: Array | None,
         m: list[Array | None],
         v: list[Array | None],
         rates: NDArray[np.float64],
         max_ratio: float,
+        clip_norm: float,
         threads: int,
     ) -> int:
-        """One step in place; the number of clamped ratios."""
+        """One step in place; the number of ratios that were limited."""
         if not all(g is None or np.isfinite(g).all() for g in gradients):
             raise FloatingPointError(-1)
         shared = {row: Rates.of_row(row) for row in map(tuple, rates.tolist())}
@@ -495,13 +548,16 @@ class Plan:
                 weights,
                 gradients,
                 summed,
+                None if norm is None else np.append(norm, 1.0),
                 list(zip(m, v, strict=True)),
                 [shared[tuple(row)] for row in rates.tolist()],
                 max_ratio,
+                None if math.isinf(clip_norm) else clip_norm,
             )
         if not solution.finite:
             x = solution.a * solution.b
             good = np.isfinite(x) & (x != 0) & np.isfinite(solution.m) & np.isfinite(solution.v)
+            good &= np.isfinite(solution.ratio) & (solution.ratio != 0)
             raise FloatingPointError(int(np.argmin(good)))
         new_m, new_v = zip(*moments, strict=True)
         for old, value in zip([*weights, *m, *v], [*new, *new_m, *new_v], strict=True):
@@ -531,13 +587,16 @@ class Plan:
                 for to, x in zip(logs, paths(lambda w: np.log(np.abs(w)), np.add), strict=True):
                     to[...] = x
 
-    def path_gradients(self, weights: list[Array], gradients: list[Array], sums: list[Array], out: list[Array]) -> None:
+    def path_gradients(
+        self, weights: list[Array], gradients: list[Array], sums: list[Array], norm: Array | None, out: list[Array]
+    ) -> None:
         """The inverse chain rule (section 4.2)."""
         t = self._tables
         s = gather(t, weights, sums)
         in_weights, out_weights = (_at_tree(np, t, tree, weights, 1.0) for tree in (t.in_tree, t.out_tree))
         a, b = _along(t.in_tree, in_weights, np.multiply), _along(t.out_tree, out_weights, np.multiply)
-        d = (in_weights * _at_tree(np, t, t.in_tree, gradients, 0.0) - s) / (a * b)
+        d = (in_weights * _at_tree(np, t, t.in_tree, sums, 0.0) - s) / (a * b)
+        d = d if norm is None else d / np.append(norm, 1.0)
         if not np.isfinite(s).all():
             raise FloatingPointError(-1)
         parts = [

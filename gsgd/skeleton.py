@@ -10,7 +10,7 @@ from itertools import pairwise
 from typing import Any, Literal
 
 import numpy as np
-from array_api_compat import array_namespace
+from array_api_compat import array_namespace, device
 from numpy.typing import NDArray
 
 from gsgd import _core, reference
@@ -56,27 +56,34 @@ def make_plan(net: Network, arrays: Arrays, backend: Backend) -> tuple[Any, list
 
 
 def batch_norm_gradients(
-    net: Network, arrays: Mapping[str, Any], gradients: Sequence[Any]
-) -> tuple[list[Any], list[Any]]:
-    """Gradients of layers before a batch normalization, for the update and for the sums of the inverse chain rule.
+    net: Network, arrays: Mapping[str, Any], gradients: Sequence[Any], in_edges: NDArray[np.int64]
+) -> tuple[list[Any], list[Any], Any]:
+    """Gradients of layers before a batch normalization: for ordinary edges; for in-edges and their sums; and norms.
 
-    "paper": times the norm of each row (equation 30). "released": times the norm over input channels only, and raw
-    in the sums. Arrays are of any namespace with assignment to views.
+    "paper": times the norm of each row (equation 30), in both. "released", as in the authors' code (METHOD.md, section
+    5): times the norm n over input channels, per row and tap; raw in the inverse chain rule of an in-edge, whose dl/dx
+    is divided by the n of its own tap: the third result, (H,), or None. Norms are summed in a fixed order. Arrays are
+    of any namespace with assignment to views.
     """
     xp = array_namespace(*arrays.values())
     number = {name: i for i, name in enumerate(arrays)}
     scaled, sums = list(gradients), list(gradients)
     squares: dict[str, Any] = {}
+    chain_norm = None
+
+    def sum_of_squares(b: Block, axes: tuple[int, ...]) -> Any:
+        w = b.view(arrays[b.name], xp)
+        in_order = xp.reshape(xp.reshape(w * w, (-1,)), w.shape)  # NumPy's sums follow the strides
+        return xp.sum(in_order, axis=axes, keepdims=True)
+
     for b in net.blocks:
         if b.batch_norm == "paper":
-            w = b.view(arrays[b.name], xp)
-            squares[b.name] = squares.get(b.name, 0) + xp.sum(w * w, axis=(2, 3, 4, 5), keepdims=True)
-    for b in net.blocks:
+            squares[b.name] = squares.get(b.name, 0) + sum_of_squares(b, (2, 3, 4, 5))
+    for k, b in enumerate(net.blocks):
         i, g = number[b.name], gradients[number[b.name]]
         if b.batch_norm is None or g is None:
             continue
-        w = b.view(arrays[b.name], xp)
-        norm = xp.sqrt(squares[b.name] if b.batch_norm == "paper" else xp.sum(w * w, axis=2, keepdims=True))
+        norm = xp.sqrt(squares[b.name] if b.batch_norm == "paper" else sum_of_squares(b, (2,)))
         own = scaled[i]
         if own is None or own is g:
             own = scaled[i] = xp.asarray(g, copy=True)
@@ -84,7 +91,15 @@ def batch_norm_gradients(
         part *= norm
         if b.batch_norm == "paper":
             sums[i] = own
-    return scaled, sums
+            continue
+        here = np.flatnonzero(in_edges[:, 0] == k)
+        group, row, _, *taps = np.unravel_index(in_edges[here, 1], b.extents)
+        if chain_norm is None:
+            real = reference.real_type(xp, device(norm))
+            chain_norm = xp.ones(net.num_units, dtype=real, device=device(norm))
+        unit, *at = (xp.asarray(x, device=device(norm)) for x in (here, group, row, 0 * row, *taps))
+        chain_norm[unit] = xp.astype(norm[tuple(at)], chain_norm.dtype)
+    return scaled, sums, chain_norm
 
 
 def explain(
@@ -256,7 +271,7 @@ class Skeleton:
     def path_gradients(self, params: Mapping[str, Any], grads: Mapping[str, Any]) -> Arrays:
         """The inverse chain rule (section 4.2): dl/dv, name -> float64 array; NaN where the weight is free.
 
-        Before a batch normalization that is treated as in the paper, the gradients are those of equation 30.
+        Before a batch normalization that is treated as in the paper or its released code, by `batch_norm_gradients`.
 
         Raises
         ------
@@ -269,8 +284,8 @@ class Skeleton:
         for name, g in gradients.items():
             if not np.isfinite(g).all():
                 raise FloatingPointError(f"gradient of {name!r} is not finite")
-        scaled, sums = batch_norm_gradients(self.net, arrays, list(gradients.values()))
-        self.plan.path_gradients(list(arrays.values()), scaled, sums, list(out.values()))
+        scaled, sums, norm = batch_norm_gradients(self.net, arrays, list(gradients.values()), self.edge_arrays[0])
+        self.plan.path_gradients(list(arrays.values()), scaled, sums, norm, list(out.values()))
         return out
 
     def allocate(self, params: Mapping[str, Any], ratios: Mapping[str, Any]) -> Arrays:

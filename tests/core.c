@@ -215,7 +215,7 @@ static double ratio(const oracle *o, int64_t v) {
     if (o->c->free_in[v])
         return ratio(o, source(o->c, o->c->in[v], k));
     double x = product_in(o, v) * product_out(o, v), q = w * g - sum_out(o, v);
-    return fmin(10, fmax(0.1, 1 - o->lr * q / (x * x)));
+    return 1 - o->lr * q / (x * x);
 }
 
 static double expected(const oracle *o, int i, ptrdiff_t r, ptrdiff_t k) {
@@ -238,7 +238,7 @@ static gsgd_status try_step(chain *c, buffers *w, buffers *g, buffers *m, buffer
     gsgd_rates all[2 * MAX_LAYERS];
     for (int i = 0; i < 2 * c->layers; ++i)
         all[i] = rates;
-    gsgd_options options = {.rates = all, .max_ratio = 10, .threads = threads};
+    gsgd_options options = {.rates = all, .max_ratio = INFINITY, .clip_norm = INFINITY, .threads = threads};
     ptrdiff_t clamped;
     return gsgd_step(c->plan, w->array, g->array, g->array, m ? m->array : NULL, v ? v->array : NULL,
                      &options, &clamped, unit);

@@ -111,12 +111,9 @@ class Structure:
         moving, counts = self.moving, self.counts
         rhs = np.log(np.abs(np.where(zero, 1.0, v))) - counts[self.free].T @ np.log(np.abs(w[self.free]))
         new = w.copy()
-        new[moving] = np.where(zero, 0.0, np.exp(np.linalg.solve(counts[moving].T, rhs)))
-        # the signs of the tree weights stay
-        new[self.chain] *= np.sign(w[self.chain])
-        others = np.prod(np.where(self.ordinary, 1.0, np.sign(w))[:, None] ** counts, axis=0)
-        ordinary = self.ordinary[moving]
-        new[self.ordinary] *= (np.sign(v) * others)[ordinary]
+        negative = (v < 0).astype(int) + counts[self.free].T @ (w[self.free] < 0)
+        signs = np.rint(np.linalg.inv(counts[moving].T)).astype(int) @ negative  # the same system, modulo 2
+        new[moving] = np.where(zero, 0.0, np.exp(np.linalg.solve(counts[moving].T, rhs))) * (-1.0) ** (signs % 2)
         return new
 
     def reference_scale(self, w: Array, c: Array) -> Array:
@@ -163,6 +160,8 @@ class Descent:
     ----------
     loss : callable or None
         From flat weights to a scalar: dl/dx is by autograd through `Structure.rebuild`. None: by enumeration.
+    max_ratio, clip_norm : float
+        Limits on the magnitudes of chain ratios and on the norm of dl/dx; infinity is none.
     """
 
     def __init__(
@@ -173,8 +172,12 @@ class Descent:
         momentum: float = 0.0,
         nesterov: bool = False,
         weight_decay: float = 0.0,
+        max_ratio: float = np.inf,
+        clip_norm: float = np.inf,
     ) -> None:
         self.structure, self.k, self.loss = structure, k, loss
+        self.max_ratio, self.clip_norm = max_ratio, clip_norm
+        self.ratios = np.ones(0)
         self.momentum, self.nesterov, self.weight_decay = momentum, nesterov, weight_decay
         self.moment = np.zeros(len(k))
         self.clamped = 0
@@ -188,13 +191,15 @@ class Descent:
             leaf = torch.tensor(x, requires_grad=True)
             loss = self.loss(structure.rebuild(w, leaf / torch.tensor(k)))
             slope = torch.autograd.grad(loss, leaf)[0].numpy()
+        slope = slope * min(1.0, self.clip_norm / (np.linalg.norm(slope) + 1e-6))
         ordinary, chain = structure.ordinary[structure.moving], structure.chain[structure.moving]
         slope = slope + self.weight_decay * np.where(ordinary, x, 0.0)
         self.moment = self.momentum * self.moment + slope
         new = x - lr * (slope + self.momentum * self.moment if self.nesterov else self.moment)
-        ratio = new[chain] / x[chain]
-        self.clamped += int(((ratio < 0.1) | (ratio > 10)).sum())
-        new[chain] = x[chain] * np.clip(ratio, 0.1, 10)
+        self.ratios = ratio = new[chain] / x[chain]
+        limited = np.where(ratio < 0, -1, 1) * np.clip(np.abs(ratio), 1 / self.max_ratio, self.max_ratio)
+        self.clamped += int((ratio != limited).sum())
+        new[chain] = x[chain] * limited
         if self.loss is None:
             return structure.allocate(w, new / k)
         return structure.rebuild(w, torch.tensor(new / k)).numpy()

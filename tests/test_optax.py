@@ -142,9 +142,10 @@ def compare_with_core(method: str, dtype: type, rtol: float, **options: Any) -> 
 
 
 @pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("limits", [{}, {"max_ratio": None, "clip_norm": 0.1}, {"max_ratio": 1.001}])
 @pytest.mark.usefixtures("x64")
-def test_steps_are_the_core_s(method: str) -> None:
-    compare_with_core(method, np.float64, 1e-10)
+def test_steps_are_the_core_s(method: str, limits: dict[str, Any]) -> None:
+    compare_with_core(method, np.float64, 1e-10, **limits)
 
 
 @pytest.mark.parametrize(("method", "options"), [("nesterov", {"scale": "initial"}), ("adamw", {"rule": "largest"})])
@@ -432,6 +433,7 @@ def test_what_is_wrong_is_said() -> None:
         {"scale": "ones"},
         {"rule": "x"},
         {"max_ratio": 1.0},
+        {"clip_norm": 0.0},
     ):
         with pytest.raises(ValueError, match=next(iter(options))):
             gopt.gsgd(0.1, net, **options)

@@ -32,7 +32,7 @@ def test_a_step_on_strict_arrays_is_the_core_s(net: gsgd.Network) -> None:
     weights, gradients = ([xp.asarray(x.copy()) for x in arrays.values()] for arrays in (params, grads))
     rates = [Rates(lr=0.01, momentum=0.9, weight_decay=1e-3, nesterov=True)] * len(params)
     moments = [(xp.zeros_like(w), None) for w in weights]
-    new, _, solution = reference.step(tables, scale, weights, gradients, gradients, moments, rates)
+    new, _, solution = reference.step(tables, scale, weights, gradients, gradients, None, moments, rates, 10.0, 1.0)
 
     opt = gsgd.GSGD(params, net, lr=0.01, momentum=0.9, weight_decay=1e-3, nesterov=True, scale="initial")
     opt.step(grads)

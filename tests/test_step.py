@@ -6,7 +6,7 @@ from typing import Any, Literal
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from networks import Model, Params, mlp, models
 from oracles import Descent, Structure, balanced_scale, flat_loss, rescaled
@@ -50,7 +50,7 @@ def test_step_equals_enumeration_and_autograd(
     start, params = model.copy(), model.copy()
     structure, k = reference_scale(model, start, rule, scale, backend)
     settings: dict[str, Any] = {"momentum": momentum[0], "nesterov": momentum[1], "weight_decay": weight_decay}
-    opt = gsgd.GSGD(params, model.net, lr=0.02, rule=rule, scale=scale, backend=backend, **settings)
+    opt = gsgd.GSGD(params, model.net, lr=0.02, rule=rule, scale=scale, max_ratio=None, backend=backend, **settings)
     first = structure.pack(start)
     assert (structure.pack(params) == first).all()
     enumeration = Descent(structure, k, None, **settings)
@@ -66,7 +66,44 @@ def test_step_equals_enumeration_and_autograd(
             )
     assert (structure.pack(params)[structure.free] == first[structure.free]).all()
     assert opt.stats.steps == 3
-    assert opt.stats.clamped == enumeration.clamped
+    assert opt.stats.clamped == 0
+
+
+@given(
+    models(zeros=False, max_parts=3),
+    st.sampled_from(["balanced", "initial", "ones"]),
+    st.sampled_from([0.3, 1.0, 10.0, 100.0]),
+    st.sampled_from([None, 1.5, 4.0]),
+    st.sampled_from([None, None, 0.5, 0.01]),
+    st.sampled_from([0.0, 0.1]),
+)
+@settings(max_examples=150)
+def test_step_through_negative_and_huge_ratios(
+    backend: str,
+    model: Model,
+    scale: Scale,
+    lr: float,
+    max_ratio: float | None,
+    clip_norm: float | None,
+    weight_decay: float,
+) -> None:
+    """Path values may pass through zero; limits on ratios keep their signs; clipping is of the norm of dl/dx."""
+    start, params = model.copy(), model.copy()
+    structure, k = reference_scale(model, start, "modulo", scale, backend)
+    options = {"max_ratio": max_ratio, "clip_norm": clip_norm}
+    opt = gsgd.GSGD(params, model.net, lr, weight_decay=weight_decay, scale=scale, backend=backend, **options)
+    limits = {name: np.inf if value is None else value for name, value in options.items()}
+    w, grads = structure.pack(params), model.gradients(params)
+    oracles = [
+        Descent(structure, k, loss, 0, False, weight_decay, **limits) for loss in (None, flat_loss(model, structure))
+    ]
+    desired = [oracle.step(w, structure.pack(grads), lr) for oracle in oracles]
+    assume(max_ratio is not None or np.abs(oracles[0].ratios).min(initial=1) > 1e-4)  # 0 is singular
+    opt.step(grads)
+    for expected in desired:
+        largest = np.abs(expected).max(initial=0)
+        np.testing.assert_allclose(structure.pack(params), expected, rtol=1e-9, atol=1e-9 * largest)
+    assert opt.stats.clamped == oracles[0].clamped
 
 
 def residual_cnn() -> Model:
@@ -84,14 +121,16 @@ MODELS: dict[str, Callable[[], Model]] = {
 }
 
 
+@pytest.mark.parametrize("limits", [{}, {"max_ratio": None}, {"clip_norm": 0.05}])
 @pytest.mark.parametrize("rule", ["modulo", "largest"])
 @pytest.mark.parametrize("name", MODELS)
-def test_theorem_4_1(backend: str, name: str, rule: Rule) -> None:
+def test_theorem_4_1(backend: str, name: str, rule: Rule, limits: dict[str, Any]) -> None:
     """From w and from any rescaling of w, and rescaled again in the middle: the same function, the same paths."""
     model = MODELS[name]()
     net, rng = model.net, np.random.default_rng(2)
     one, other = model.copy(), rescaled(net, model.params, 10 ** rng.uniform(-1, 1, net.num_units))
     settings: dict[str, Any] = {"lr": 0.01, "momentum": 0.9, "weight_decay": 0.01, "rule": rule, "backend": backend}
+    settings |= limits
     runs = [(params, gsgd.GSGD(params, net, **settings)) for params in (one, other)]
     sk = gsgd.Skeleton(net, one, backend=backend)
     for step in range(50):
@@ -256,38 +295,69 @@ def test_the_inverse_chain_rule_knows_batch_norm(backend: str) -> None:
         np.testing.assert_allclose(mine[name], value, rtol=1e-10)
 
 
-def test_batch_norm_as_released(backend: str) -> None:
-    """The norm over input channels alone, per row and tap; the sums S over raw gradients."""
-    model, plain = batch_norm_pair("released")
-    params, grads, lr = model.copy(), model.gradients(model.params), 0.01
-    sk = gsgd.Skeleton(plain, model.params, backend=backend)
-    structure = Structure(plain, sk.in_edges, sk.out_edges)
-    scaled = dict(grads)
-    for name, g in grads.items():
-        if name.startswith("conv"):
-            scaled[name] = g * np.sqrt((params[name] ** 2).sum(axis=1, keepdims=True))
-    w, raw, own = structure.pack(params), structure.pack(grads), structure.pack(scaled)
-    q = structure.pack(sk.path_values(params)) * structure.pack(sk.path_gradients(params, grads)) + w * (own - raw)
-    ratios = 1 - lr * np.where(structure.chain, q, own / w)
-    gsgd.GSGD(params, model.net, lr=lr, scale="initial", backend=backend).step(grads)
-    desired = sk.allocate(model.params, structure.unpack(ratios))
-    np.testing.assert_allclose(structure.pack(params), structure.pack(desired), rtol=1e-10)
+@pytest.mark.parametrize("mode", ["paper", "released"])
+def test_norms_do_not_depend_on_strides(backend: str, mode: gsgd.network.BatchNormMode) -> None:
+    """The same bits from channels_last weights."""
+    rng, shape, net = np.random.default_rng(0), (8, 8, 3, 3), gsgd.Network()
+    h = net.relu(net.batch_norm(net.conv("first", net.input(8), 8, (3, 3)), mode=mode))
+    net.output(net.batch_norm(net.conv("second", h, 8, (3, 3)), mode=mode))
+    params = {name: rng.standard_normal(shape).astype(np.float32) for name in net.shapes}
+    grads = {name: rng.standard_normal(shape).astype(np.float32) for name in net.shapes}
+    last = {name: np.ascontiguousarray(w.transpose(0, 2, 3, 1)).transpose(0, 3, 1, 2) for name, w in params.items()}
+    for weights in (params, last):
+        gsgd.GSGD(weights, net, lr=0.01, clip_norm=1.0, backend=backend).step(grads)
+    for name, w in params.items():
+        np.testing.assert_array_equal(w, last[name])
 
 
-def test_clamped_ratios_are_counted(backend: str) -> None:
-    """R <= 0 and R > 10 become 1/10 and 10; no sign of a skeleton weight changes."""
-    model = mlp(2, 3, 2, bias=False)
+@pytest.mark.parametrize("max_ratio", [None, 10.0])
+def test_ratios_keep_their_sign(backend: str, max_ratio: float | None) -> None:
+    """R is 1 - 100, 1 + 100 and 1 - 1: limited or as they are; 0 counts as positive, without limit it is an error."""
+    model = mlp(3, 4, 2, bias=False)
+    first, _ = model.params
+    np.fill_diagonal(model.params[first], 2.0)
     params = model.copy()
-    first, _ = params
-    opt = gsgd.GSGD(params, model.net, lr=1.0, scale="initial", backend=backend)
+    opt = gsgd.GSGD(params, model.net, lr=1.0, scale="initial", max_ratio=max_ratio, backend=backend)
     grads = {name: np.zeros_like(value) for name, value in params.items()}
-    for unit, sign in ((0, 1.0), (1, -1.0)):
-        grads[first][unit, unit] = sign * 100 * params[first][unit, unit]
+    for unit, size in ((0, 100.0), (1, -100.0)):
+        grads[first][unit, unit] = size / params[first][unit, unit]
+    if max_ratio is not None:
+        grads[first][2, 2] = 1 / params[first][2, 2]
+    scaled = [10.0, 10.0, 0.1] if max_ratio else [99.0, 101.0, 1.0]
     opt.step(grads)
-    np.testing.assert_allclose(params[first][0, 0], model.params[first][0, 0] / 10)
-    np.testing.assert_allclose(params[first][1, 1], model.params[first][1, 1] * 10)
-    np.testing.assert_allclose(params[first][2], model.params[first][2], rtol=1e-15)
-    assert (opt.stats.steps, opt.stats.clamped) == (1, 2)
+    for unit, sign, size in zip(range(3), (-1, 1, 1), scaled, strict=True):
+        np.testing.assert_allclose(params[first][unit, unit], sign * size * model.params[first][unit, unit])
+    np.testing.assert_allclose(params[first][3], model.params[first][3], rtol=1e-15)
+    assert (opt.stats.steps, opt.stats.clamped) == (1, 3 if max_ratio else 0)
+    if max_ratio is None:
+        before = {name: value.copy() for name, value in params.items()}
+        fresh = gsgd.GSGD(params, model.net, lr=1.0, scale="initial", max_ratio=None, backend=backend)
+        grads = {name: np.zeros_like(value) for name, value in params.items()}
+        grads[first][2, 2] = 1 / params[first][2, 2]
+        with pytest.raises(FloatingPointError, match="no finite ratio"):
+            fresh.step(grads)
+        for name, value in params.items():
+            np.testing.assert_array_equal(value, before[name])
+
+
+@pytest.mark.parametrize("clip_norm", [0.1, 1.0, 1e6])
+def test_clip_norm_without_units_is_that_of_torch(backend: str, clip_norm: float) -> None:
+    """Nothing can be rescaled: the norm is that of the gradients, those of other parameters included."""
+    rng, net = np.random.default_rng(0), gsgd.Network()
+    net.output(net.dense("w", net.input(5), 7, bias="b"))
+    params = {name: rng.standard_normal(shape) for name, shape in {**net.shapes, "other": (3, 4, 2)}.items()}
+    tensors = {name: torch.nn.Parameter(torch.tensor(value)) for name, value in params.items()}
+    mine = gsgd.GSGD(params, net, lr=0.1, momentum=0.9, clip_norm=clip_norm, backend=backend)
+    theirs = torch.optim.SGD(tensors.values(), lr=0.1, momentum=0.9)
+    for _ in range(3):
+        grads = {name: rng.standard_normal(value.shape) for name, value in params.items()}
+        mine.step(grads)
+        for name, p in tensors.items():
+            p.grad = torch.tensor(grads[name])
+        torch.nn.utils.clip_grad_norm_(tensors.values(), clip_norm)
+        theirs.step()
+        for name, p in tensors.items():
+            np.testing.assert_allclose(params[name], p.detach().numpy(), rtol=1e-13, atol=1e-13)
 
 
 def test_depth_where_products_underflow(backend: str) -> None:

@@ -143,6 +143,7 @@ def engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
         {"nesterov": True, "weight_decay": 0.01, "rule": "largest"},
         {"scale": "ones", "threads": 2},
         {"momentum": 0.0, "scale": "initial", "rule": "largest", "max_ratio": 1.01},
+        {"max_ratio": None, "clip_norm": 0.05},
     ],
 )
 def test_the_same_bits_as_on_arrays(dtype: torch.dtype, settings: dict[str, Any]) -> None:
@@ -175,6 +176,32 @@ def test_the_papers_method() -> None:
         opt.step()
         other.step({name: p.grad.numpy() for name, p in model.named_parameters()})
         assert_same(model, {name: torch.from_numpy(w) for name, w in params.items()})
+
+
+@pytest.mark.parametrize("method", [GSGD, GAdam, GRMSprop])
+def test_clipping_is_inside_the_step(engine: str, method: Any) -> None:
+    """From a rescaled start the outputs stay the same; gradients clipped before the step part them."""
+    torch.manual_seed(0)
+    one = nn.Sequential(nn.Linear(37, 29), nn.ReLU(), nn.Linear(29, 17), nn.ReLU(), nn.Linear(17, 5)).double()
+    x, target = torch.randn(8, 37).double(), torch.randn(8, 5).double()
+    net = trace(one, x)
+    scales = 10 ** np.random.default_rng(0).uniform(-1, 1, net.num_units)
+
+    def part(clip_norm: float | None) -> float:
+        models = copy.deepcopy(one), copy.deepcopy(one)
+        gsgd.rescale({n: p.detach().numpy() for n, p in models[1].named_parameters()}, net, scales)
+        for model in models:
+            opt = method(model.named_parameters(), lr=0.05, network=net, clip_norm=clip_norm)
+            for _ in range(4):
+                opt.zero_grad()
+                (model(x) - target).square().mean().backward()
+                if clip_norm is None:
+                    nn.utils.clip_grad_norm_(model.parameters(), 0.05)
+                opt.step()
+        return float((models[0](x) - models[1](x)).detach().abs().max())
+
+    assert part(0.05) < 1e-9
+    assert part(None) > 1e-3
 
 
 def everything_pinned(model: nn.Module) -> gsgd.Network:
@@ -342,7 +369,7 @@ def test_a_step_stays_on_its_device(monkeypatch: pytest.MonkeyPatch, device: str
             with pytest.raises(RuntimeError):
                 wait(gradients[0])
         rates, which, stats = [opt.rates(opt.param_groups[0], 1)], [0] * len(tensors), gsgd.optimizer.Stats()
-        engine.step(gradients, (momenta, [None] * len(tensors)), rates, which, 10.0, 1, stats)
+        engine.step(gradients, (momenta, [None] * len(tensors)), rates, which, (10.0, 1.0), 1, stats)
     assert [id(t) for t in written] == [id(t) for t in (*engine.aliases, *momenta)]
     assert stats.clamped.device.type == device
 
@@ -999,6 +1026,8 @@ REFUSED: dict[str, tuple[Callable[[nn.Module], Any], dict[str, Any], type[Except
     "scale": (named, {"scale": "other"}, ValueError, "scale"),
     "rule": (named, {"rule": "other"}, ValueError, "rule"),
     "max_ratio": (named, {"max_ratio": 1.0}, ValueError, "max_ratio"),
+    "clip_norm": (named, {"clip_norm": -1.0}, ValueError, "clip_norm"),
+    "leave_out": (named, {"leave_out": "fc"}, ValueError, "leave_out"),
     "threads": (named, {"threads": 0}, ValueError, "threads"),
 }
 

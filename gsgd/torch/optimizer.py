@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeAlias, overload
 
 import numpy as np
@@ -17,7 +18,17 @@ from torch import Tensor, nn
 from gsgd import reference
 from gsgd.arrays import check_parameters
 from gsgd.network import BatchNormMode, Network, Residual
-from gsgd.optimizer import ScaleName, Stats, check_max_ratio, check_scale, check_threads, usable_threads
+from gsgd.optimizer import (
+    MaxRatio,
+    ScaleName,
+    Stats,
+    check_clip_norm,
+    check_max_ratio,
+    check_scale,
+    check_threads,
+    limit,
+    usable_threads,
+)
 from gsgd.paths import path_kappa, require_symmetry
 from gsgd.rates import Rates, adam, rmsprop, sgd
 from gsgd.skeleton import Rule, Skeleton, batch_norm_gradients, explain, make_plan
@@ -28,6 +39,7 @@ Closure: TypeAlias = Callable[[], Any]
 Tensors: TypeAlias = list[Tensor | None]
 
 _EXPECTED = "params: expected the model itself, or named parameters (model.named_parameters()) and network="
+_LEAVE_OUT = "leave_out: is for tracing a model; with network=, give gsgd.torch.trace(model, leave_out=...)"
 _ANCHOR = ("in_edges", "out_edges", "in_weights", "out_weights", "c")
 
 
@@ -54,7 +66,12 @@ def _refuse_unsupported(name: str, p: Tensor) -> None:
 
 
 def named_network(
-    params: Params, network: Network | None, example_inputs: Any, residual: Residual, batch_norm: BatchNormMode
+    params: Params,
+    network: Network | None,
+    example_inputs: Any,
+    leave_out: str | Sequence[str],
+    residual: Residual,
+    batch_norm: BatchNormMode,
 ) -> tuple[Any, Network]:
     """Named parameters, and the network that is given or that tracing finds."""
     if network is not None and not isinstance(network, Network):
@@ -68,11 +85,15 @@ def named_network(
         for name, p in parameters.items():
             _refuse_unsupported(name, p)
         if network is None:
-            network = trace(model, example_inputs, residual=residual, batch_norm=batch_norm)
+            network = trace(model, example_inputs, residual=residual, batch_norm=batch_norm, leave_out=leave_out)
+        elif leave_out:
+            raise ValueError(_LEAVE_OUT)
         for name in network.shapes:
             if name not in parameters:
                 raise ValueError(f"network: the model has no parameter {name!r}, its names are {[*parameters][:3]}...")
         params = list(parameters.items())
+    elif leave_out:
+        raise ValueError(_LEAVE_OUT)
     if network is None:
         raise ValueError(_EXPECTED)
     return params, network
@@ -134,13 +155,13 @@ class _CoreEngine(_Engine):
         moments: tuple[Tensors, Tensors],
         rates: list[Rates],
         which: list[int],
-        max_ratio: float,
+        limits: tuple[float, float],
         threads: int,
         stats: Stats,
     ) -> None:
-        sums = None
+        sums = norm = None
         if self.approximates:
-            found, sums = batch_norm_gradients(self.net, self.arrays, self.as_arrays(gradients))
+            found, sums, norm = batch_norm_gradients(self.net, self.arrays, self.as_arrays(gradients), self.trees[0])
         else:
             try:
                 found = self.addresses_of(gradients)
@@ -155,7 +176,7 @@ class _CoreEngine(_Engine):
             self.rows, self.which = rows, which
             self.rates = np.array(rows, dtype=np.float64)[which]
         try:
-            clamped = self.plan.step(self.weights, found, sums, *self.views, self.rates, max_ratio, threads)
+            clamped = self.plan.step(self.weights, found, sums, norm, *self.views, self.rates, *limits, threads)
         except FloatingPointError as error:
             seen = self.as_arrays(gradients)
             raise FloatingPointError(explain(self.net, self.trees, self.arrays, seen, error.args[0])) from None
@@ -165,16 +186,14 @@ class _CoreEngine(_Engine):
         stats.steps += 1
         stats.clamped += clamped
 
-    def addresses_of(self, gradients: Tensors) -> list[Any]:
-        """An address will do where a gradient is laid out as its parameter."""
-        return [
-            None
-            if g is None
-            else g.data_ptr()
-            if g.stride() == stride and g.shape == shape and g.dtype is dtype
-            else g.numpy()
+    def addresses_of(self, gradients: Tensors) -> Any:
+        """Addresses will do where all gradients are laid out as their parameters."""
+        if all(
+            g is None or (g.stride() == stride and g.shape == shape and g.dtype is dtype)
             for g, (stride, shape, dtype) in zip(gradients, self.layouts, strict=True)
-        ]
+        ):
+            return np.array([0 if g is None else g.data_ptr() for g in gradients], dtype=np.uintp)
+        return [None if g is None else g.numpy() for g in gradients]
 
     def as_arrays(self, gradients: Tensors) -> list[NDArray[Any] | None]:
         """NumPy views of gradients."""
@@ -204,6 +223,7 @@ class _ArrayEngine(_Engine):
             net.num_units, [(number[b.name], b) for b in blocks], anchor.in_edges, anchor.out_edges
         )
         self.tables = reference.convert(tables, asarray)
+        self.in_edges = anchor.in_edges
         scales = (np.append(x, 1.0) for x in (anchor.in_weights, anchor.out_weights, anchor.c))
         self.scale = reference.Scale(*(asarray(x) for x in scales))
 
@@ -213,14 +233,25 @@ class _ArrayEngine(_Engine):
         moments: tuple[Tensors, Tensors],
         rates: list[Rates],
         which: list[int],
-        max_ratio: float,
+        limits: tuple[float, float],
         threads: int,
         stats: Stats,
     ) -> None:
-        found, sums = batch_norm_gradients(self.net, self.arrays, self.checked(gradients))
+        found, sums, norm = batch_norm_gradients(self.net, self.arrays, self.checked(gradients), self.in_edges)
+        norm = None if norm is None else torch.cat((norm, torch.ones_like(norm[:1])))
+        max_ratio, clip_norm = limits
         pairs = list(zip(*moments, strict=True))
         new, new_pairs, solution = reference.step(
-            self.tables, self.scale, self.aliases, found, sums, pairs, [rates[i] for i in which], max_ratio
+            self.tables,
+            self.scale,
+            self.aliases,
+            found,
+            sums,
+            norm,
+            pairs,
+            [rates[i] for i in which],
+            max_ratio,
+            None if math.isinf(clip_norm) else clip_norm,
         )
         largest = nn.utils.get_total_norm([g for g in found if g is not None and g.numel()], torch.inf)
         finite = solution.finite & torch.isfinite(largest)
@@ -251,17 +282,19 @@ class _PathOptimizer(torch.optim.Optimizer):
         defaults: dict[str, Any],
         network: Network | None,
         example_inputs: Any,
+        leave_out: str | Sequence[str],
         residual: Residual,
         batch_norm: BatchNormMode,
         scale: ScaleName,
         rule: Rule,
-        max_ratio: float,
+        max_ratio: MaxRatio,
+        clip_norm: float | None,
         threads: int | None,
     ) -> None:
         check_scale(scale)
-        self._max_ratio = check_max_ratio(max_ratio)
+        self._max_ratio, self._clip_norm = check_max_ratio(max_ratio, scale), check_clip_norm(clip_norm)
         self._threads = None if threads is None else check_threads(threads)
-        named, network = named_network(params, network, example_inputs, residual, batch_norm)
+        named, network = named_network(params, network, example_inputs, leave_out, residual, batch_norm)
         self._engine: _CoreEngine | _ArrayEngine | None = None
         self._stats = Stats()
         super().__init__(named, defaults)
@@ -395,7 +428,8 @@ class _PathOptimizer(torch.optim.Optimizer):
             self._moments(engine.params, second, [r.has_v for r in rates], which),
         )
         threads = usable_threads(self._threads or torch.get_num_threads())
-        engine.step(gradients, moments, rates, which, self._max_ratio, threads, self._stats)
+        limits = (limit(self._max_ratio), limit(self._clip_norm))
+        engine.step(gradients, moments, rates, which, limits, threads, self._stats)
         self._count(engine.params, gradients)
         return loss
 
@@ -482,11 +516,12 @@ class _PathOptimizer(torch.optim.Optimizer):
             self._stats = Stats(given["steps"], given["clamped"])
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = ("network", "_anchor", "_scale", "_rule", "_max_ratio", "_threads")
+        kept = ("network", "_anchor", "_scale", "_rule", "_max_ratio", "_clip_norm", "_threads")
         return {**super().__getstate__(), **{name: getattr(self, name) for name in kept}, "_stats": self.stats}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self.__dict__.setdefault("_clip_norm", None)  # version 0.1 had none
         for group in self.param_groups:
             for name, value in self.defaults.items():
                 group.setdefault(name, value)
@@ -507,9 +542,9 @@ class GSGD(_PathOptimizer):
         The network of named parameters. Parameters that it does not mention take plain SGD steps. A parameter that
         it mentions and that is not given, or does not require a gradient now, pins the units that it meets; one that
         a module lacks is an error. ``print(opt.network)`` lists what takes plain steps.
-    example_inputs, residual, batch_norm
+    example_inputs, leave_out, residual, batch_norm
         For tracing a module, see `trace`.
-    scale, rule, max_ratio, threads
+    scale, rule, max_ratio, clip_norm, threads
         See `gsgd.GSGD`. `threads` is torch.get_num_threads() by default.
 
     Notes
@@ -547,11 +582,13 @@ class GSGD(_PathOptimizer):
         *,
         network: Network | None = None,
         example_inputs: Any = None,
+        leave_out: str | Sequence[str] = (),
         residual: Residual = "tie",
         batch_norm: BatchNormMode = "exact",
         scale: ScaleName = "balanced",
         rule: Rule = "modulo",
-        max_ratio: float = 10.0,
+        max_ratio: MaxRatio = "auto",
+        clip_norm: float | None = None,
         maximize: bool = False,
         threads: int | None = None,
     ) -> None:
@@ -562,16 +599,19 @@ class GSGD(_PathOptimizer):
             "weight_decay": weight_decay,
             "maximize": maximize,
         }
-        more = (network, example_inputs, residual, batch_norm, scale, rule, max_ratio, threads)
+        more = (network, example_inputs, leave_out, residual, batch_norm, scale, rule, max_ratio, clip_norm, threads)
         super().__init__(params, defaults, *more)
 
     @classmethod
     def paper(cls, model: nn.Module, lr: float | Tensor = 0.1, **options: Any) -> GSGD:
-        """The paper's own method: residual "pin", batch_norm "paper", rule "modulo", scale "ones".
+        """The paper's own method: residual "pin", batch_norm "paper", rule "modulo", scale "ones", no limit on ratios.
+
+        As its released code: ``batch_norm="released"``, with stem, shortcuts and classifier in `leave_out`.
 
         It overwrites the skeleton weights of `model` by 1 (section 11.2).
         """
-        return cls(model, lr, residual="pin", batch_norm="paper", rule="modulo", scale="ones", **options)
+        paper = {"residual": "pin", "batch_norm": "paper", "rule": "modulo", "scale": "ones"}
+        return cls(model, lr, **(paper | options))
 
 
 class GAdam(_PathOptimizer):
@@ -579,7 +619,8 @@ class GAdam(_PathOptimizer):
 
     Parameters
     ----------
-    params, network, example_inputs, residual, batch_norm, scale, rule, max_ratio, threads, maximize
+    params, network, example_inputs, leave_out, residual, batch_norm, scale, rule, max_ratio, clip_norm, threads
+    maximize
         See `GSGD`.
     lr, betas, eps, weight_decay
         As in `torch.optim.AdamW`, on the coordinates that `gsgd.GSGD` describes.
@@ -611,11 +652,13 @@ class GAdam(_PathOptimizer):
         *,
         network: Network | None = None,
         example_inputs: Any = None,
+        leave_out: str | Sequence[str] = (),
         residual: Residual = "tie",
         batch_norm: BatchNormMode = "exact",
         scale: ScaleName = "balanced",
         rule: Rule = "modulo",
-        max_ratio: float = 10.0,
+        max_ratio: MaxRatio = "auto",
+        clip_norm: float | None = None,
         maximize: bool = False,
         threads: int | None = None,
     ) -> None:
@@ -627,7 +670,7 @@ class GAdam(_PathOptimizer):
             "decoupled": decoupled,
             "maximize": maximize,
         }
-        more = (network, example_inputs, residual, batch_norm, scale, rule, max_ratio, threads)
+        more = (network, example_inputs, leave_out, residual, batch_norm, scale, rule, max_ratio, clip_norm, threads)
         super().__init__(params, defaults, *more)
 
     def _rates(self, engine: _CoreEngine | _ArrayEngine, gradients: Tensors) -> tuple[list[Rates], list[int]]:
@@ -649,7 +692,8 @@ class GRMSprop(_PathOptimizer):
 
     Parameters
     ----------
-    params, network, example_inputs, residual, batch_norm, scale, rule, max_ratio, threads, maximize
+    params, network, example_inputs, leave_out, residual, batch_norm, scale, rule, max_ratio, clip_norm, threads
+    maximize
         See `GSGD`.
     lr, alpha, eps, weight_decay, momentum
         As in `torch.optim.RMSprop`, on the coordinates that `gsgd.GSGD` describes.
@@ -673,11 +717,13 @@ class GRMSprop(_PathOptimizer):
         *,
         network: Network | None = None,
         example_inputs: Any = None,
+        leave_out: str | Sequence[str] = (),
         residual: Residual = "tie",
         batch_norm: BatchNormMode = "exact",
         scale: ScaleName = "balanced",
         rule: Rule = "modulo",
-        max_ratio: float = 10.0,
+        max_ratio: MaxRatio = "auto",
+        clip_norm: float | None = None,
         maximize: bool = False,
         threads: int | None = None,
     ) -> None:
@@ -689,7 +735,7 @@ class GRMSprop(_PathOptimizer):
             "momentum": momentum,
             "maximize": maximize,
         }
-        more = (network, example_inputs, residual, batch_norm, scale, rule, max_ratio, threads)
+        more = (network, example_inputs, leave_out, residual, batch_norm, scale, rule, max_ratio, clip_norm, threads)
         super().__init__(params, defaults, *more)
 
 
@@ -716,7 +762,7 @@ class PathSGD(torch.optim.Optimizer):
         example_inputs: Any = None,
         residual: Residual = "tie",
     ) -> None:
-        named, self.network = named_network(params, network, example_inputs, residual, "exact")
+        named, self.network = named_network(params, network, example_inputs, (), residual, "exact")
         require_symmetry(self.network)
         super().__init__(named, {"lr": lr})
         for group in self.param_groups:
