@@ -10,124 +10,21 @@ from __future__ import annotations
 import copy
 import math
 import operator
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-PINNED = -1
+from gsgd.blocks import PINNED, Block, Dim, Ids, Layer, Part, Sum, plain_block
+from gsgd.table import table
+from gsgd.units import Numbering, Units
+
+__all__ = ["PINNED", "BatchNormMode", "Block", "Features", "Network", "Residual", "Sum", "plain_block", "segment"]
 
 BatchNormMode = Literal["exact", "paper", "released"]
 Residual = Literal["tie", "pin"]
-Ids = NDArray[np.int64]
-
-
-@dataclass(frozen=True)
-class Dim:
-    """One logical dimension of a block: `extent` entries, `step` apart along the parameter's `axis`."""
-
-    extent: int = 1
-    axis: int = 0
-    step: int = 0
-
-
-@dataclass(frozen=True, eq=False)
-class Block:
-    """A (part of a) parameter as edges between units.
-
-    Attributes
-    ----------
-    name : str
-        The parameter.
-    dims : tuple of six Dim
-        Groups, rows, columns and up to three tap dimensions.
-    start : tuple of int
-        Axis of the parameter and index on it at which the block begins.
-    rows, cols : int64 arrays, shapes (groups * rows,) and (groups * cols,)
-        Unit ids of destinations and sources; `PINNED` where no rescaling is possible.
-    row_nodes, col_nodes : int64 arrays of the same shapes
-        The values in the computation (before ties), for walks along paths.
-    batch_norm : str or None
-        "paper" or "released" when the layer feeds a batch normalization that is treated so.
-    """
-
-    name: str
-    dims: tuple[Dim, Dim, Dim, Dim, Dim, Dim]
-    start: tuple[int, int]
-    rows: Ids
-    cols: Ids
-    row_nodes: Ids
-    col_nodes: Ids
-    batch_norm: str | None = None
-
-    @property
-    def extents(self) -> tuple[int, ...]:
-        return tuple(d.extent for d in self.dims)
-
-    @property
-    def size(self) -> int:
-        return math.prod(self.extents)
-
-    def view(self, array: Any, xp: Any = np) -> Any:
-        """`array` (shaped as the parameter) as ``(groups, rows, cols, t0, t1, t2)``; NumPy makes no copy."""
-        axis, first = self.start
-        order, shape = self._memory_order
-        if array.ndim and shape[axis] != array.shape[axis]:
-            array = array[(slice(None),) * axis + (slice(first, first + shape[axis]),)]
-        array = xp.reshape(array, tuple(self.dims[i].extent for i in order))
-        return xp.permute_dims(array, tuple(order.index(i) for i in range(6)))
-
-    def unview(self, entries: Any, xp: Any = np) -> Any:
-        """The inverse of `view`: the part of the parameter that the block covers."""
-        order, shape = self._memory_order
-        return xp.reshape(xp.permute_dims(entries, order), shape)
-
-    @cached_property
-    def _memory_order(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """The dims from the parameter's first axis to its last, then unused ones; the extents of the axes."""
-        used = sorted((i for i in range(6) if self.dims[i].step), key=lambda i: (self.dims[i].axis, -self.dims[i].step))
-        shape = [1] * (1 + max((self.dims[i].axis for i in used), default=-1))
-        for i in used:
-            shape[self.dims[i].axis] *= self.dims[i].extent
-        return (*used, *(i for i in range(6) if i not in used)), tuple(shape)
-
-    def index(self, flat: int) -> tuple[int, ...]:
-        """The parameter's index of the block's `flat`-th entry (C order over `extents`)."""
-        return self.indices(np.array([flat]))[0]
-
-    def indices(self, flat: Ids) -> list[tuple[int, ...]]:
-        """The same of several entries."""
-        at = [np.zeros_like(flat) for _ in range(1 + max(self.start[0], *(d.axis for d in self.dims)))]
-        at[self.start[0]] += self.start[1]
-        for d, i in zip(self.dims, np.unravel_index(flat, self.extents), strict=True):
-            at[d.axis] += d.step * i
-        return list(zip(*(axis.tolist() for axis in at), strict=True))
-
-
-def plain_block(name: str, shape: tuple[int, ...]) -> Block:
-    """A parameter between pinned ends: its step is the plain one."""
-    if len(shape) > 6:
-        raise ValueError(f"parameter {name!r}: expected at most 6 dimensions, got shape {shape}")
-    dims = [Dim()] * 6
-    places = {0: (), 1: (5,), 2: (1, 5), 3: (1, 4, 5), 4: (1, 3, 4, 5), 5: (1, 2, 3, 4, 5), 6: (0, 1, 2, 3, 4, 5)}
-    for axis, place in enumerate(places[len(shape)]):
-        dims[place] = Dim(shape[axis], axis, 1)
-    rows, cols = (np.full(dims[0].extent * dims[i].extent, PINNED, dtype=np.int64) for i in (1, 2))
-    d = tuple(dims)
-    assert len(d) == 6
-    return Block(name, d, (0, 0), rows, cols, rows, cols)
-
-
-@dataclass(frozen=True, eq=False)
-class Sum:
-    """A residual addition: `out` nodes are the sums of the `terms`, node by node."""
-
-    out: Ids
-    terms: tuple[Ids, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -163,16 +60,6 @@ def segment(nodes: Ids) -> tuple[Ids, int, str]:
     if 1 < period < n and n % period == 0 and (nodes == np.tile(nodes[:period], n // period)).all():
         return nodes[:period], n // period, "channels_last"
     return nodes, 1, "channels_first"
-
-
-@dataclass(frozen=True, eq=False)
-class _Layer:
-    """One parameter as it was described; `parts` holds the columns' segments with their offsets."""
-
-    name: str
-    kind: str
-    shape: tuple[int, ...]
-    blocks: tuple[tuple[tuple[Dim, ...], tuple[int, int], Ids, Ids], ...]  # dims, start, rows, cols
 
 
 def _unit_axes(layout: str, what: str) -> tuple[str, str]:
@@ -218,7 +105,8 @@ class Network:
     """A feed-forward network of positively homogeneous units, described layer by layer.
 
     Every method that adds a layer takes and returns `Features`. Layers are named by their parameters.
-    Network inputs and outputs, and whatever is given to `pin`, are *pinned*: never rescaled.
+    Network inputs and outputs, and whatever is given to `pin`, are *pinned*: never rescaled. A method that raises
+    leaves the network as it was; features of another network are a ValueError.
 
     Examples
     --------
@@ -230,72 +118,12 @@ class Network:
     """
 
     def __init__(self) -> None:
-        self._parent: list[int] = []  # union-find over nodes
-        self._labels: list[str] = []
-        self._groups: set[str] = set()  # the labels without their channels
-        self._pins: dict[int, str] = {}  # root -> reason
-        self._operations: list[_Layer | Sum] = []
-        self._by_name: dict[str, _Layer] = {}
-        self._batch_norm: dict[str, str] = {}
+        self.nodes = Units()  # of all values, for tracers, which make, tie and pin them one by one
+        self._operations: list[str | Sum] = []
+        self._layers: dict[str, Layer] = {}
         self._writer: dict[int, str] = {}  # node -> the layer that made it
-        self._compiled: _Compiled | None = None
         self._plain: dict[str, str] = {}  # parameters that are known and not described -> reason
-
-    # nodes and units
-
-    def _new(self, count: int, label: str) -> Ids:
-        first, group, number = len(self._parent), label, 1
-        while group in self._groups:
-            number += 1
-            group = f"{label} {number}"
-        self._groups.add(group)
-        self._parent.extend(range(first, first + count))
-        self._labels.extend(f"{group}[{i}]" for i in range(count))
-        self._compiled = None
-        return np.arange(first, first + count, dtype=np.int64)
-
-    def _find(self, node: int) -> int:
-        while self._parent[node] != node:
-            self._parent[node] = self._parent[self._parent[node]]
-            node = self._parent[node]
-        return node
-
-    def _tie(self, a: int, b: int) -> None:
-        a, b = sorted((self._find(a), self._find(b)))
-        if a != b:
-            self._parent[b] = a
-            reason = self._pins.pop(b, None)
-            if reason is not None:
-                self._pins.setdefault(a, reason)
-
-    def _tie_each(self, a: Ids, b: Ids) -> None:
-        """Make one unit of each pair of nodes."""
-        differ = a != b
-        for i, j in np.unique(np.stack([a[differ], b[differ]]), axis=1).T.tolist():
-            self._tie(i, j)
-
-    def _pinned(self, nodes: Ids) -> NDArray[np.bool_]:
-        """Which nodes are pinned."""
-        return np.isin(nodes, [n for n in np.unique(nodes).tolist() if self._find(n) in self._pins])
-
-    def _pin(self, nodes: Iterable[int], reason: str) -> None:
-        for node in nodes:
-            self._pins.setdefault(self._find(node), reason)
-        self._compiled = None
-
-    def _pin_unmet(self) -> None:
-        """Pin units that no layer reads or that none writes, of a network that was traced."""
-        compiled = self._compile(check=False)
-        for attribute, reason in (("cols", "never read"), ("rows", "never written")):
-            met = np.zeros(len(compiled.labels), dtype=bool)
-            for block in compiled.blocks:
-                ids = getattr(block, attribute)
-                met[ids[ids >= 0]] = True
-            units = compiled.unit_of_node
-            self._pin(np.flatnonzero((units >= 0) & ~np.append(met, True)[units]).tolist(), reason)
-
-    def _features(self, nodes: Ids) -> Features:
-        return Features(self, ((nodes, 1, "channels_first"),))
+        self._compiled: _Compiled | None = None
 
     def _check(self, x: Features, what: str) -> None:
         if not isinstance(x, Features):
@@ -312,22 +140,34 @@ class Network:
     def _check_names(self, *names: str) -> None:
         for name in names:
             _text(name, "a parameter's name")
-            if name in self._by_name or names.count(name) > 1:
+            if name in self._layers or names.count(name) > 1:
                 raise ValueError(f"parameter {name!r} is described twice; a shared weight must be left out and pinned")
 
-    def _add_layer(self, layer: _Layer) -> None:
-        self._by_name[layer.name] = layer
-        self._operations.append(layer)
+    def _add_layer(self, name: str, kind: str, shape: tuple[int, ...], *parts: Part) -> None:
+        self._layers[name] = Layer(name, kind, shape, parts)
+        self._operations.append(name)
         self._compiled = None
 
     # layers: everything is checked before the first node is made, so that an error leaves the network as it was
 
     def input(self, channels: int, reason: str = "network input") -> Features:
-        """`channels` pinned channels: what the network reads (or what an operation that is not described makes)."""
+        """`channels` pinned channels: what the network reads (or what an operation that is not described makes).
+
+        Raises
+        ------
+        ValueError
+            `channels` is negative, or `reason` empty.
+        TypeError
+            `channels` is no integer, or `reason` no string.
+        """
         channels = _integer(channels, "input: channels", least=0)
-        nodes = self._new(channels, _text(reason, "input: reason"))
-        self._pin(nodes.tolist(), reason)
-        return self._features(nodes)
+        nodes = self.nodes.new(channels, _text(reason, "input: reason"))
+        self.nodes.pin(nodes, reason)
+        return self.features(nodes)
+
+    def features(self, nodes: Ids) -> Features:
+        """Channels that are these nodes, for tracers."""
+        return Features(self, ((nodes, 1, "channels_first"),))
 
     def dense(self, name: str, x: Features, features: int, *, bias: str | None = None, layout: str = "oi") -> Features:
         """A fully connected layer.
@@ -338,6 +178,13 @@ class Network:
             Parameters of shapes ``(features, x.count)`` and ``(features,)``.
         layout : {"oi", "io"}
             "io": the weight is ``(x.count, features)``.
+
+        Raises
+        ------
+        ValueError
+            A name is described already; `features` or `x.count` is below 1; or `layout` is another.
+        TypeError
+            `x` is nothing that a layer returns, a name no string, or `features` no integer.
         """
         self._check_names(name, *_given(bias))
         self._check(x, name)
@@ -346,8 +193,8 @@ class Network:
         if layout not in ("oi", "io"):
             raise ValueError(f"{name}: layout {layout!r}: expected 'oi' or 'io'")
         row_axis, col_axis = layout.index("o"), layout.index("i")
-        rows = self._new(features, name)
-        blocks, first = [], 0
+        rows = self.nodes.new(features, name)
+        parts, first = [], 0
         for nodes, positions, order in x.segments:
             channels = len(nodes)
             col_step, tap_step = (positions, 1) if order == "channels_first" else (1, channels)
@@ -359,10 +206,10 @@ class Network:
                 Dim(),
                 Dim(positions, col_axis, tap_step) if positions > 1 else Dim(),
             )
-            blocks.append((dims, (col_axis, first), rows, nodes))
+            parts.append(Part(dims, (col_axis, first), rows, nodes))
             first += channels * positions
         shape = (features, x.count) if layout == "oi" else (x.count, features)
-        self._add_layer(_Layer(name, "dense", shape, tuple(blocks)))
+        self._add_layer(name, "dense", shape, *parts)
         return self._written(name, rows, bias)
 
     def conv(
@@ -390,6 +237,14 @@ class Network:
             "oihw": ``(features, channels / groups, *kernel)``; "hwio": ``(*kernel, channels / groups, features)``;
             "iohw": ``(channels, features / groups, *kernel)``, a transposed convolution. The spatial letters
             stand for however many `kernel` has.
+
+        Raises
+        ------
+        ValueError
+            A name is described already; an extent is below 1; `groups` does not divide both; `x` is flattened; or
+            `layout` is none of these.
+        TypeError
+            `x` is nothing that a layer returns, a name no string, or an extent no integer.
         """
         self._check_names(name, *_given(bias))
         cols = self._channels(x, name)
@@ -411,25 +266,20 @@ class Network:
         extent = {o: r if transposed else features, i: len(cols) if transposed else c}
         taps = [Dim(k, a + (2 if place == "first" else 0), 1) for a, k in enumerate(kernel)]
         group = Dim(groups, i, c) if transposed else Dim(groups, o, r)
-        dims = (
-            group if groups > 1 else Dim(),
-            Dim(r, o, 1),
-            Dim(c, i, 1),
-            *(Dim() for _ in range(3 - len(taps))),
-            *taps,
-        )
+        t0, t1, t2 = *(Dim() for _ in range(3 - len(taps))), *taps
+        dims = (group if groups > 1 else Dim(), Dim(r, o, 1), Dim(c, i, 1), t0, t1, t2)
         shape = tuple(
             extent[a] if a in extent else kernel[a - (2 if place == "first" else 0)] for a in range(2 + len(kernel))
         )
-        rows = self._new(features, name)
-        self._add_layer(_Layer(name, "conv", shape, ((dims, (0, 0), rows, cols),)))
+        rows = self.nodes.new(features, name)
+        self._add_layer(name, "conv", shape, Part(dims, (0, 0), rows, cols))
         return self._written(name, rows, bias)
 
     def _written(self, name: str, rows: Ids, bias: str | None) -> Features:
         self._writer.update((node, name) for node in rows.tolist())
         if bias is not None:
             self._source_layer(bias, "bias", rows)
-        return self._features(rows)
+        return self.features(rows)
 
     def _source_layer(self, name: str, kind: str, rows: Ids, shape: tuple[int, ...] | None = None) -> None:
         """A vector of edges from a pinned source: a bias, or a batch normalization's weight.
@@ -438,10 +288,31 @@ class Network:
         """
         shape = shape or (len(rows),)
         axis = max(range(len(shape)), key=lambda a: shape[a])
-        source = self._new(1, f"source of {name}")
-        self._pin(source.tolist(), "constant")
+        source = self.nodes.new(1, f"source of {name}")
+        self.nodes.pin(source, "constant")
         dims = (Dim(), Dim(len(rows), axis, 1), Dim(), Dim(), Dim(), Dim(axis=len(shape) - 1))
-        self._add_layer(_Layer(name, kind, shape, ((dims, (axis, 0), rows, source),)))
+        self._add_layer(name, kind, shape, Part(dims, (axis, 0), rows, source))
+
+    def vector(self, name: str, shape: tuple[int, ...]) -> Features:
+        """A parameter as edges from a constant into units of its own: what is added to channels, or scales a constant.
+
+        Parameters
+        ----------
+        name : str
+        shape : tuple of int
+            Of the parameter; all axes but one have extent 1.
+
+        Raises
+        ------
+        ValueError
+            `name` is described already, or two axes are longer.
+        """
+        self._check_names(name)
+        if not shape or len(shape) > 6 or math.prod(shape) != max(shape):
+            raise ValueError(f"{name}: shape {shape}: expected a vector, perhaps with axes of extent 1")
+        rows = self.nodes.new(max(shape), name)
+        self._source_layer(name, "bias", rows, shape)
+        return self.features(rows)
 
     def homogeneous(self, x: Features) -> Features:
         """Any map f of single channels with f(c x) = c f(x) for c > 0: it passes units through.
@@ -458,7 +329,15 @@ class Network:
     def flatten(
         self, x: Features, positions: int, order: Literal["channels_first", "channels_last"] = "channels_first"
     ) -> Features:
-        """Channels seen at `positions` places, as one vector of features."""
+        """Channels seen at `positions` places, as one vector of ``x.count * positions`` features.
+
+        Raises
+        ------
+        ValueError
+            `x` is flattened already, `positions` is below 1, or `order` is another.
+        TypeError
+            `x` is nothing that a layer returns, or `positions` no integer.
+        """
         if order not in ("channels_first", "channels_last"):
             raise ValueError(f"order {order!r}: expected 'channels_first' or 'channels_last'")
         positions = _integer(positions, "flatten: positions")
@@ -470,6 +349,13 @@ class Network:
 
         ``residual="tie"`` makes one unit of the channels that are added: scaling all writers by c and all readers
         by 1/c is exact. ``"pin"`` pins them, as the paper does (section 10.2).
+
+        Raises
+        ------
+        ValueError
+            Counts differ, or `residual` is another.
+        TypeError
+            An argument is nothing that a layer returns.
         """
         if residual not in ("tie", "pin"):
             raise ValueError(f"residual {residual!r}: expected 'tie' or 'pin'")
@@ -479,31 +365,47 @@ class Network:
             raise ValueError(f"add: expected features of equal count, got {[x.count for x in xs]}")
         like = [[(len(n), p, o) for n, p, o in x.segments] for x in xs]
         if any(shape != like[0] for shape in like):
-            xs = tuple(self._features(x.per_feature) for x in xs)
+            xs = tuple(self.features(x.per_feature) for x in xs)
         segments = []
         for parts in zip(*(x.segments for x in xs), strict=True):
             terms = tuple(nodes for nodes, _, _ in parts)
-            out = self._new(len(terms[0]), "sum")
+            out = self.nodes.new(len(terms[0]), "sum")
             for nodes in terms:
-                self._tie_each(out, nodes)
+                self.nodes.tie(out, nodes)
             if residual == "pin":
-                self._pin(out.tolist(), "residual addition")
+                self.nodes.pin(out, "residual addition")
             self._operations.append(Sum(out, terms))
             segments.append((out, parts[0][1], parts[0][2]))
         return Features(self, tuple(segments))
 
     def concat(self, *xs: Features) -> Features:
-        """Features side by side."""
+        """Features side by side.
+
+        Raises
+        ------
+        ValueError
+            There is no argument.
+        TypeError
+            An argument is nothing that a layer returns.
+        """
         if not xs:
             raise ValueError("concat: expected at least one argument")
         for x in xs:
             self._check(x, "concat")
         if all(positions == 1 for x in xs for _, positions, _ in x.segments):
-            return self._features(np.concatenate([x.per_feature for x in xs]))
+            return self.features(np.concatenate([x.per_feature for x in xs]))
         return Features(self, tuple(s for x in xs for s in x.segments))
 
     def take(self, x: Features, features: slice | Sequence[int] | Ids) -> Features:
-        """Some of the features, in any order: a slice, a chunk, a shuffle of channels."""
+        """Some of the features, in any order: a slice, a chunk, a shuffle of channels.
+
+        Raises
+        ------
+        ValueError
+            `features` is neither a slice nor a list of indices of `x`.
+        TypeError
+            `x` is nothing that a layer returns.
+        """
         self._check(x, "take")
         expected = f"take: expected a slice or a list of indices of {x.count} features"
         try:
@@ -512,7 +414,7 @@ class Network:
             raise ValueError(f"{expected}: {error}") from error
         if nodes.ndim != 1:
             raise ValueError(f"{expected}, got {features!r}")
-        return self._features(nodes)
+        return self.features(nodes)
 
     def batch_norm(
         self,
@@ -533,6 +435,14 @@ class Network:
             units pass through and the layer before is given gradients times the norm of each row; gamma and beta
             are left to plain SGD. "released": as the authors' released code does, the norm over input channels
             only, and raw gradients in the sums. The last two are approximations, no symmetry.
+
+        Raises
+        ------
+        ValueError
+            A name is described already; `x` is flattened; `mode` is another; or, unless it is "exact", `x` is not the
+            output of a dense or convolution layer.
+        TypeError
+            `x` is nothing that a layer returns, or a name no string.
         """
         names = _given(weight, bias)
         self._check_names(*names)
@@ -540,23 +450,32 @@ class Network:
         if mode not in ("exact", "paper", "released"):
             raise ValueError(f"batch_norm mode {mode!r}: expected 'exact', 'paper' or 'released'")
         if mode != "exact":
-            if not self._writer.keys() >= set(nodes.tolist()):
+            if not self.is_written(x):
                 raise ValueError(f"batch_norm mode {mode!r}: expected the output of a dense or conv layer")
-            self._batch_norm.update((self._writer[node], mode) for node in nodes.tolist())
+            for name in {self._writer[node] for node in nodes.tolist()}:
+                self._layers[name] = replace(self._layers[name], batch_norm=mode)
             self._compiled = None
             return x
-        self._pin(nodes.tolist(), "scale lost in batch normalization")
-        rows = self._new(len(nodes), names[0] if names else "batch_norm")
+        self.nodes.pin(nodes, "scale lost in batch normalization")
+        rows = self.nodes.new(len(nodes), names[0] if names else "batch_norm")
         for name in names:
             self._source_layer(name, "batch_norm", rows)
         if weight is None:
-            self._pin(rows.tolist(), "batch normalization without weight")
-        return self._features(rows)
+            self.nodes.pin(rows, "batch normalization without weight")
+        return self.features(rows)
 
     def pin(self, x: Features, reason: str) -> Features:
-        """Never rescale these units: they meet an operation that is not positively homogeneous."""
+        """Never rescale these units: they meet an operation that is not positively homogeneous.
+
+        Raises
+        ------
+        ValueError
+            `reason` is empty.
+        TypeError
+            `x` is nothing that a layer returns, or `reason` no string.
+        """
         self._check(x, "pin")
-        self._pin(x.per_feature.tolist(), _text(reason, "pin: reason"))
+        self.nodes.pin(x.per_feature, _text(reason, "pin: reason"))
         return x
 
     def output(self, x: Features) -> None:
@@ -579,6 +498,14 @@ class Network:
             parameters are named "0", "1", ... A dense weight after a convolution reads flattened maps.
         layout : str
             "oi": ``(out, in, *kernel)``; "io": ``(*kernel, in, out)``, flattened channels last.
+
+        Raises
+        ------
+        ValueError
+            There is no weight, a shape is none of a weight, a layer does not read what the one before writes, or
+            `layout` is another.
+        TypeError
+            A value is neither an array nor a shape.
         """
         if layout not in ("oi", "io"):
             raise ValueError(f"layout {layout!r}: expected 'oi' or 'io'")
@@ -633,14 +560,13 @@ class Network:
         _text(reason, "without: reason")
         net, names = copy.deepcopy(self), list(dict.fromkeys(names))
         for name in names:
-            if name not in net._by_name:
+            if name not in net._layers:
                 raise ValueError(f"without: the network has no parameter {name!r}")
-            layer = net._by_name.pop(name)
-            net._operations.remove(layer)
-            net._batch_norm.pop(name, None)
-            for _, _, rows, cols in layer.blocks:
-                net._pin([*rows.tolist(), *cols.tolist()], f"meets a parameter that is {reason}")
+            net._operations.remove(name)
+            for part in net._layers.pop(name).parts:
+                net.nodes.pin([*part.rows, *part.cols], f"meets a parameter that is {reason}")
             net._plain[name] = reason
+        net._compiled = None
         return net
 
     def add_plain(self, names: Iterable[str], reason: str = "") -> None:
@@ -653,45 +579,83 @@ class Network:
         """Parameters that are known and not described, which take plain steps, and the reason ("" where unknown)."""
         return dict(self._plain)
 
+    def is_written(self, x: Features) -> bool:
+        """Whether a dense or convolution layer made every channel of `x`, right before it."""
+        return self._writer.keys() >= set(x.per_feature.tolist())
+
+    def pin_unmet(self) -> None:
+        """Pin the units that no layer reads or that none writes, of a network that was traced."""
+        compiled = self._compile()
+        unmet: tuple[tuple[Literal["rows", "cols"], str], ...] = (("cols", "never read"), ("rows", "never written"))
+        for attribute, reason in unmet:
+            self.nodes.pin(np.flatnonzero(compiled.unmet(attribute)[compiled.numbering.unit_of_node]), reason)
+
     # what follows from the description
 
-    def _compile(self, check: bool = True) -> _Compiled:
-        if self._compiled is None:
-            self._compiled = _Compiled(self)
-        if check and not self._compiled.complete:
-            self._compiled.raise_if_incomplete()
+    def _compile(self) -> _Compiled:
+        numbering = self.nodes.numbering
+        if self._compiled is None or self._compiled.numbering is not numbering:
+            operations: list[Block | Sum] = []
+            for op in self._operations:
+                operations += [op] if isinstance(op, Sum) else self._layers[op].blocks(numbering.unit_of_node)
+            self._compiled = _Compiled(numbering, tuple(operations))
         return self._compiled
+
+    def _complete(self) -> _Compiled:
+        """The same, of a network in which every unit is read and written."""
+        compiled = self._compile()
+        if not compiled.complete:
+            verbs: tuple[tuple[Literal["rows", "cols"], str], ...] = (("rows", "written"), ("cols", "read"))
+            for attribute, verb in verbs:
+                missing = np.flatnonzero(compiled.unmet(attribute))
+                if len(missing):
+                    raise ValueError(
+                        f"unit {compiled.numbering.labels[missing[0]]} is never {verb}: pass it to a layer, or to "
+                        f"net.output or net.pin ({len(missing)} such units)"
+                    )
+            compiled.complete = True
+        return compiled
+
+    @property
+    def layers(self) -> dict[str, Layer]:
+        """Every parameter that the description names, by name, in order."""
+        return dict(self._layers)
 
     @property
     def blocks(self) -> tuple[Block, ...]:
-        """All edges, in the order of the description."""
-        return self._compile().blocks
+        """All edges, in the order of the description.
+
+        Raises
+        ------
+        ValueError
+            A unit is never read or never written. So do `operations`, `unit_of_node`, `units` and `num_units`.
+        """
+        return self._complete().blocks
 
     @property
     def operations(self) -> tuple[Block | Sum, ...]:
         """Blocks and residual sums in the order of the description."""
-        return self._compile().operations
+        return self._complete().operations
 
     @property
     def unit_of_node(self) -> Ids:
         """The unit of every node, or `PINNED`."""
-        return self._compile().unit_of_node
+        return self._complete().numbering.unit_of_node
 
     @property
     def units(self) -> tuple[str, ...]:
         """A label per unit: the layer that writes it first, and the channel."""
-        return self._compile().labels
+        return self._complete().numbering.labels
 
     @property
     def pins(self) -> dict[str, str]:
         """The reason of every pinned channel, by label."""
-        roots = {self._find(n) for n in range(len(self._parent))}
-        return {self._labels[r]: self._pins[r] for r in sorted(roots) if r in self._pins}
+        return self.nodes.pins
 
     @property
     def num_units(self) -> int:
         """H: units that can be rescaled."""
-        return len(self._compile().labels)
+        return len(self._complete().numbering.labels)
 
     @property
     def num_weights(self) -> int:
@@ -711,86 +675,28 @@ class Network:
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Name -> shape of every parameter that the description names."""
-        return {layer.name: layer.shape for layer in self._by_name.values()}
+        return {layer.name: layer.shape for layer in self._layers.values()}
 
     def __repr__(self) -> str:
-        compiled = self._compile(check=False)
-        units, weights = len(compiled.labels), self.num_weights
-        return f"<gsgd.Network: {len(self._by_name)} parameters, {weights} weights (m), {units} units (H)>"
+        units, weights = len(self.nodes.numbering.labels), self.num_weights
+        return f"<gsgd.Network: {len(self._layers)} parameters, {weights} weights (m), {units} units (H)>"
 
     def __str__(self) -> str:
-        compiled = self._compile(check=False)
-
-        def describe(nodes: Ids) -> str:
-            units = compiled.unit_of_node[nodes]
-            parts = [f"{len(np.unique(units[units >= 0]))} units"] if (units >= 0).any() else []
-            reasons = Counter(self._pins[self._find(n)] for n in nodes[units < 0].tolist())
-            parts += [f"{count} pinned ({reason})" for reason, count in reasons.items()]
-            return ", ".join(parts)
-
-        table = [("parameter", "kind", "shape", "weights", "reads", "writes")]
-        for layer in self._by_name.values():
-            cols = np.concatenate([cols for _, _, _, cols in layer.blocks])
-            reads = "constant" if layer.kind in ("bias", "batch_norm") else describe(cols)
-            kind = layer.kind + (f" ({self._batch_norm[layer.name]})" if layer.name in self._batch_norm else "")
-            shape = " x ".join(map(str, layer.shape))
-            size = f"{math.prod(layer.shape):,}"
-            table.append((layer.name, kind, shape, size, reads, describe(layer.blocks[0][2])))
-        widths = [max(len(row[i]) for row in table) for i in range(6)]
-        lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in table]
-        lines.insert(1, "  ".join("-" * w for w in widths))
-        weights, units = self.num_weights, len(compiled.labels)
-        lines.append("")
-        lines.append(f"{weights:,} weights (m), {units:,} units (H), {weights - units:,} basis paths (m - H)")
-        left_out: dict[str, list[str]] = {}
-        for name, reason in self._plain.items():
-            left_out.setdefault(reason, []).append(name)
-        for reason, names in left_out.items():
-            lines.append(f"not described, plain steps: {', '.join(names)}" + (f" ({reason})" if reason else ""))
-        return "\n".join(lines)
+        return table(self)
 
 
 class _Compiled:
-    """Unit ids of a description: nodes that are tied are one unit, numbered in the order of the layers."""
+    """The operations between units."""
 
-    def __init__(self, net: Network) -> None:
-        unit_of_root: dict[int, int] = {}
-        labels: list[str] = []
-        units = np.full(len(net._parent), PINNED, dtype=np.int64)
-        for node in range(len(net._parent)):
-            root = net._find(node)
-            if root in net._pins:
-                continue
-            if root not in unit_of_root:
-                unit_of_root[root] = len(labels)
-                labels.append(net._labels[node])
-            units[node] = unit_of_root[root]
-        self.unit_of_node = units
-        self.labels = tuple(labels)
-        operations: list[Block | Sum] = []
-        for op in net._operations:
-            if isinstance(op, Sum):
-                operations.append(op)
-                continue
-            for dims, start, rows, cols in op.blocks:
-                d = tuple(dims)
-                assert len(d) == 6
-                mode = net._batch_norm.get(op.name)
-                operations.append(Block(op.name, d, start, units[rows], units[cols], rows, cols, mode))
-        self.operations = tuple(operations)
+    def __init__(self, numbering: Numbering, operations: tuple[Block | Sum, ...]) -> None:
+        self.numbering, self.operations = numbering, operations
         self.blocks = tuple(op for op in operations if isinstance(op, Block))
         self.complete = False  # every unit is known to be read and written
 
-    def raise_if_incomplete(self) -> None:
-        for attribute, verb in (("rows", "written"), ("cols", "read")):
-            met = np.zeros(len(self.labels) + 1, dtype=bool)
-            for block in self.blocks:
-                met[getattr(block, attribute)] = True
-            missing = np.flatnonzero(~met[:-1])
-            if len(missing):
-                name = self.labels[missing[0]]
-                raise ValueError(
-                    f"unit {name} is never {verb}: pass it to a layer, or to net.output or net.pin "
-                    f"({len(missing)} such units)"
-                )
-        self.complete = True
+    def unmet(self, attribute: Literal["rows", "cols"]) -> NDArray[np.bool_]:
+        """Units that are among no block's rows or columns; the last entry stands for what is pinned: False."""
+        unmet = np.ones(len(self.numbering.labels) + 1, dtype=bool)
+        unmet[PINNED] = False
+        for block in self.blocks:
+            unmet[getattr(block, attribute)] = False
+        return unmet

@@ -190,7 +190,7 @@ def test_a_unit_that_nobody_reads_or_writes(backend: str, half: str) -> None:
     if half == "read":
         net.dense("w", net.input(2), 3)
     else:
-        net.output(net.dense("w", net._features(net._new(2, "h")), 3))
+        net.output(net.dense("w", net.features(net.nodes.new(2, "h")), 3))
     params = {"w": np.ones(net.shapes["w"])}
     with refused(params, ValueError, rf"unit (w|h)\[0\] is never {half}"):
         gsgd.GSGD(params, net, lr=0.1, scale="ones", backend=backend)

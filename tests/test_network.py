@@ -158,7 +158,8 @@ def _net() -> tuple[gsgd.Network, gsgd.network.Features]:
 
 
 def _state(net: gsgd.Network) -> str:
-    return repr({name: value for name, value in vars(net).items() if name != "_compiled"})
+    other = ("nodes", "_compiled", "_numbering")
+    return repr([{name: v for name, v in vars(x).items() if name not in other} for x in (net, net.nodes)])
 
 
 @pytest.mark.parametrize(
@@ -204,7 +205,7 @@ def _state(net: gsgd.Network) -> str:
         (lambda net, h: net.add(h, net.take(h, [0])), r"add: .*\[6, 1\]"),
         (lambda net, h: net.add(h, h, residual="untie"), "residual 'untie'"),
         (lambda net, h: net.batch_norm(h, mode="fast"), "mode 'fast'"),
-        (lambda net, h: net.batch_norm(net._features(np.arange(9, -1, -1)), mode="paper"), "'paper'"),
+        (lambda net, h: net.batch_norm(net.features(np.arange(9, -1, -1)), mode="paper"), "'paper'"),
         (lambda net, h: net.dense("w2", _net()[1], 2), "w2: .*another network"),
         (lambda net, h: net.num_units, r"unit w1\[0\] is never read"),
         (lambda net, h: gsgd.Network.sequential([(3, 2), (4, 5)]), "1: reads 5 features.*writes 3"),
@@ -253,7 +254,7 @@ def test_wrong_types_are_named() -> None:
 
 def test_a_unit_that_nobody_writes_is_an_error() -> None:
     net = gsgd.Network()
-    net.output(net.dense("w", net._features(net._new(2, "nowhere")), 1))
+    net.output(net.dense("w", net.features(net.nodes.new(2, "nowhere")), 1))
     with pytest.raises(ValueError, match=r"nowhere\[0\] is never written"):
         _ = net.num_units
 

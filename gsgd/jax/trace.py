@@ -2,11 +2,10 @@
 
 The function is traced to a jaxpr, and calls in it are written out. Each value carries an integer array of its own
 shape: the network's node of every element. Whatever moves elements about (reshape, transpose, concatenate, slices) then
-moves the nodes about in just the same way, and a layer reads its columns' nodes off its input.
+moves the nodes about in just the same way, and a layer reads its columns' nodes off its input (`gsgd.trace.nodes`).
 
-Three rules make it safe. A primitive that is not known to be positively homogeneous pins every unit that it reads.
+Two rules make it safe. A primitive that is not known to be positively homogeneous pins every unit that it reads.
 A parameter is described only if the whole function reads it once, and a layer does, perhaps through a transposition.
-Elements that must scale alike (those that one weight meets, that are added, or pooled) become one unit.
 """
 
 from __future__ import annotations
@@ -23,22 +22,12 @@ import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var
 from numpy.typing import NDArray
 
-from gsgd.network import Features, Network, Residual, segment
+from gsgd.network import Network, Residual
 from gsgd.trace.names import match
+from gsgd.trace.nodes import Algebra, Nodes, NotUnderstood, along, compact, expanded
 
-Nodes = NDArray[np.int64]
-
-# f(c x) = c f(x) for c > 0, element by element
-HOMOGENEOUS = {"abs", "copy", "neg", "optimization_barrier", "reduce_precision", "sharding_constraint"}
-COMPARING = {"eq", "ge", "gt", "le", "lt", "ne"}
-POOLING = {"reduce_window_max", "reduce_window_min", "reduce_window_sum"}
-REDUCING = {"reduce_max", "reduce_min", "reduce_sum"}
 # what is computed is computed by a jaxpr among the parameters
 CALLING = {"checkpoint", "closed_call", "custom_jvp_call", "custom_vjp_call", "jit", "remat2"}
-
-
-class _NotUnderstood(Exception):
-    """The primitive pins what it reads; the message says why, beyond its name."""
 
 
 @dataclass(frozen=True)
@@ -146,8 +135,8 @@ class _Describe:
     """Builds `net`. A value's nodes have stride 0 wherever they can."""
 
     def __init__(self, residual: Residual) -> None:
-        self.net, self.residual = Network(), residual
-        self.constant = int(self.net.input(1, "constant").per_feature[0])
+        self.on = Algebra(residual)
+        self.net = self.on.net
         self.values: list[Nodes | _Weight] = []
         self.zeros: set[int] = set()  # values of which every element is known to be 0
         self.known: dict[int, NDArray[Any]] = {}  # values of constant integers: places in a gather
@@ -166,8 +155,8 @@ class _Describe:
             self.see(step)
         for i in outputs:
             self.ends(i, "the output")
-            self.pin(self.nodes(i), "network output")
-        self.net._pin_unmet()
+            self.on.pin(self.nodes(i), "network output")
+        self.net.pin_unmet()
 
     # the jaxpr
 
@@ -177,7 +166,7 @@ class _Describe:
 
     def know_constant(self, value: Any) -> int:
         """A number, or an array that the function closes over: a running mean, say, that is 0 only at first."""
-        i = self.know(np.broadcast_to(self.constant, np.shape(value)))
+        i = self.know(self.on.fill(np.shape(value)))
         if not np.shape(value) and jnp.issubdtype(jnp.result_type(value), np.number) and not np.any(value):
             self.zeros.add(i)
         if _counts(jnp.result_type(value)) and not isinstance(value, jax.core.Tracer):
@@ -197,7 +186,7 @@ class _Describe:
             called = _called(equation)
             if called is None:
                 # nodes are found when the step is seen
-                makes = [self.know(np.broadcast_to(self.constant, ())) for _ in equation.outvars]
+                makes = [self.know(self.on.fill(())) for _ in equation.outvars]
                 to.append(_Step(equation, tuple(reads), tuple(makes)))
             else:
                 makes = self.write_out(called.jaxpr, called.consts, reads, to)
@@ -210,8 +199,7 @@ class _Describe:
         """The nodes of a value; those of a parameter that is read by no layer are constant."""
         value = self.values[i]
         if isinstance(value, _Weight):
-            shape = [1 if axis < 0 else value.shape[axis] for axis in value.axes]
-            return np.broadcast_to(self.constant, shape)
+            return self.on.fill([1 if axis < 0 else value.shape[axis] for axis in value.axes])
         return value
 
     def weight(self, i: int) -> _Weight | None:
@@ -231,54 +219,25 @@ class _Describe:
         w = self.weight(i)
         if w is None or not w.shape or len(w.shape) > 6 or math.prod(w.shape) != max(w.shape):
             return None
-        rows = self.net._new(max(w.shape), w.name)
-        self.net._source_layer(w.name, "bias", rows, w.shape)
+        rows = self.net.vector(w.name, w.shape).per_feature
         return rows.reshape([1 if axis < 0 else w.shape[axis] for axis in w.axes])
-
-    def pin(self, nodes: Nodes, reason: str) -> None:
-        self.net._pin(np.unique(_compact(nodes)[0]).tolist(), reason)
-
-    def is_constant(self, nodes: Nodes) -> bool:
-        return bool((_compact(nodes)[0] == self.constant).all())
-
-    def tie(self, a: Nodes, b: Nodes) -> None:
-        """Make one unit of each pair of elements."""
-        self.net._tie_each(*_compact(a, b))
-
-    def collapse(self, nodes: Nodes, dims: Iterable[int]) -> Nodes:
-        """What stands along `dims`, which keep extent 1, made one unit."""
-        for d in dims:
-            first = nodes[(slice(None),) * d + (slice(0, 1),)]
-            self.tie(np.broadcast_to(first, nodes.shape), nodes)
-            nodes = first
-        return nodes
-
-    def one(self, nodes: Nodes, dims: Iterable[int], otherwise: str = "among features") -> Nodes:
-        """`nodes` with extent 1 along `dims`, which must be positions: one unit stands along them."""
-        for d in dims:
-            if nodes.strides[d] and nodes.shape[d] > 1:
-                raise _NotUnderstood(otherwise)
-            nodes = nodes[(slice(None),) * d + (slice(0, 1),)]
-        return nodes
-
-    def read(self, nodes: Nodes, dim: int) -> Nodes:
-        """The nodes along `dim`, for a layer whose weights meet all that stands along the other dimensions."""
-        return self.collapse(nodes, (d for d in range(nodes.ndim) if d != dim)).reshape(-1)
 
     # primitives
 
     def see(self, step: _Step) -> None:
         shapes, reason = [value.shape for value in step.made], step.label
         try:
-            made = self.describe(step)
-        except _NotUnderstood as why:
+            if step.equation.primitive.name not in RULES:
+                raise NotUnderstood
+            made = RULES[step.equation.primitive.name](self, step)
+        except NotUnderstood as why:
             reason = f"{step.label}: {why}".removesuffix(": ")
             reads = [self.nodes(i) for i in step.reads]
             for nodes in reads:
-                self.pin(nodes, reason)
-            free = all(self.is_constant(nodes) for nodes in reads)
-            node = self.constant if free else int(self.net.input(1, reason).per_feature[0])
-            made = [np.broadcast_to(node, shape) for shape in shapes]
+                self.on.pin(nodes, reason)
+            free = all(map(self.on.is_constant, reads))
+            node = None if free else int(self.net.input(1, reason).per_feature[0])
+            made = [self.on.fill(shape, node) for shape in shapes]
         if not any(isinstance(value, _Weight) for value in made):
             for i in step.reads:
                 self.ends(i, reason)
@@ -287,7 +246,7 @@ class _Describe:
                 self.values[i] = value
             else:
                 assert value.shape == shape, (step.label, value.shape, shape)
-                self.values[i] = _expanded(value)
+                self.values[i] = expanded(value)
         self.compute(step)
 
     def compute(self, step: _Step) -> None:
@@ -301,80 +260,24 @@ class _Describe:
         elif name in COUNTING:
             found = COUNTING[name](*values)
         elif name == "iota":
-            found = _along(np.arange(made.shape[options["dimension"]]), options["dimension"], made.shape)
+            found = along(np.arange(made.shape[options["dimension"]]), options["dimension"], made.shape)
         else:
             return
         self.known[step.makes[0]] = np.asarray(found).astype(made.dtype)
 
-    def describe(self, step: _Step) -> list[Nodes | _Weight]:
-        """What the values that `step` makes are."""
-        name, options, reads = step.equation.primitive.name, step.equation.params, step.reads
-        shape = step.made[0].shape
-        if name == "dot_general":
-            return [self.dense(shape, *reads, **options)]
-        if name == "conv_general_dilated":
-            return [self.convolution(shape, *reads, **options)]
-        if name == "convert_element_type" or name in HOMOGENEOUS:
-            return self.passed(step)
-        if name in REARRANGING:
-            return self.rearranged(step)
-        if name == "dynamic_slice":
-            sizes = options["slice_sizes"]
-            nodes = self.nodes(reads[0])
-            nodes = self.one(nodes, [d for d, n in enumerate(sizes) if n != nodes.shape[d]])
-            return [np.broadcast_to(nodes, shape)]
-        if name == "gather":
-            return [self.gather(shape, *reads, **options)]
-        if name == "pad":
-            return [self.pad(shape, *reads, **options)]
-        if name in POOLING:
-            return [self.pool(shape, *reads, **options)]
-        if name in REDUCING:
-            nodes = self.collapse(self.nodes(reads[0]), options["axes"])
-            return [nodes.reshape(shape)]
-        if name in ("add", "sub", "add_any"):
-            return [self.add(shape, *reads)]
-        if name in ("mul", "div"):
-            return [self.multiply(shape, reads[0], reads[1], name == "div")]
-        if name in ("max", "min"):
-            return [self.choose(shape, reads)]
-        if name == "select_n":
-            if not self.net._pinned(self.nodes(reads[0])).all():
-                raise _NotUnderstood("by a feature")
-            return [self.choose(shape, reads[1:])]
-        if name == "sign" or (name in COMPARING and any(i in self.zeros for i in reads)):
-            return [np.broadcast_to(self.constant, shape)]  # no rescaling changes it
-        raise _NotUnderstood
-
     def dense(self, shape: tuple[int, ...], x: int, y: int, *, dimension_numbers: Any, **_: Any) -> Nodes:
         contracted, batch = dimension_numbers
         if self.weight(x) is not None and self.weight(y) is not None:
-            raise _NotUnderstood("of two parameters")
+            raise NotUnderstood("of two parameters")
         side = 0 if self.weight(x) is not None else 1
         w, read = self.weight((x, y)[side]), (x, y)[1 - side]
         if w is None or len(w.axes) != 2 or sorted(w.axes) != [0, 1] or len(contracted[0]) != 1 or batch[0]:
-            return self.weighted_sum(shape, (x, y), contracted, batch)
-        nodes = self.read(self.nodes(read), contracted[1 - side][0])
+            why = "not by a matrix of weights that is read once"
+            return self.on.matmul(shape, (self.nodes(x), self.nodes(y)), contracted, batch, why)
+        features = self.on.read_flattened(self.nodes(read), contracted[1 - side][0])
         column = w.axes[contracted[side][0]]
-        part = (nodes, 1, "channels_first") if self.net._pinned(nodes).all() else segment(nodes)
-        layout = "io" if column == 0 else "oi"
-        features = self.net.dense(w.name, Features(self.net, (part,)), w.shape[1 - column], layout=layout)
-        return _along(features.per_feature, 0 if side == 0 else len(shape) - 1, shape)
-
-    def weighted_sum(self, shape: tuple[int, ...], factors: tuple[int, int], contracted: Any, batch: Any) -> Nodes:
-        """Sums over positions, weighted by what is pinned: interpolation, the values of attention."""
-        pinned = [bool(self.net._pinned(_compact(self.nodes(i))[0]).all()) for i in factors]
-        why = "not by a matrix of weights that is read once"
-        if pinned[0] == pinned[1]:
-            raise _NotUnderstood(why)
-        side = pinned.index(False)
-        batch, summed = batch[side], contracted[side]
-        nodes = self.one(self.nodes(factors[side]), summed, why)
-        free = [d for d in range(nodes.ndim) if d not in (*batch, *summed)]
-        first, last = ([nodes.shape[d] for d in dims] for dims in (batch, free))
-        others = [1] * (len(shape) - len(batch) - len(free))
-        nodes = nodes.transpose(*batch, *free, *summed)
-        return np.broadcast_to(nodes.reshape(first + (last + others if side == 0 else others + last)), shape)
+        y_features = self.net.dense(w.name, features, w.shape[1 - column], layout="io" if column == 0 else "oi")
+        return along(y_features.per_feature, 0 if side == 0 else len(shape) - 1, shape)
 
     def gather(
         self,
@@ -389,14 +292,14 @@ class _Describe:
     ) -> Nodes:
         """Features at constant places; at others some positions, or some examples of the batch."""
         if fill_value and not math.isnan(fill_value):
-            raise _NotUnderstood(f"filled with {fill_value}")
+            raise NotUnderstood(f"filled with {fill_value}")
         nodes, dims, places = self.nodes(x), dimension_numbers, self.known.get(indices)
         batch, moved = dims.operand_batching_dims, dims.start_index_map
         last = [nodes.shape[d] - slice_sizes[d] for d in moved]
         if places is None or batch or (places < 0).any() or (places > last).any():
             places = None
-            nodes = self.one(nodes, [d for d, n in enumerate(slice_sizes) if n != nodes.shape[d] or d in batch])
-        nodes = _compact(nodes)[0]
+            nodes = self.on.one(nodes, [d for d, n in enumerate(slice_sizes) if n != nodes.shape[d] or d in batch])
+        nodes = compact(nodes)[0]
         window = [d for d in range(nodes.ndim) if d not in (*dims.collapsed_slice_dims, *batch)]
         offsets = dict(zip(window, dims.offset_dims, strict=True))
         index = [np.zeros([1] * len(shape), np.int64) for _ in nodes.shape]
@@ -423,18 +326,18 @@ class _Describe:
         of_input, of_kernel, of_output = dimension_numbers
         w = self.weight(kernel)
         if w is None or sorted(w.axes) != list(range(len(w.shape))):
-            raise _NotUnderstood("not by weights that are read once")
+            raise NotUnderstood("not by weights that are read once")
         if batch_group_count != 1 or not 3 <= len(w.shape) <= 5:
-            raise _NotUnderstood("of this form")
+            raise NotUnderstood("of this form")
         units = {w.axes[of_kernel[0]]: "o", w.axes[of_kernel[1]]: "i"}
         spatial = [axis for axis in range(len(w.shape)) if axis not in units]
         letters = units | dict(zip(spatial, "dhw"[3 - len(spatial) :], strict=True))
         layout = "".join(letters[axis] for axis in range(len(w.shape)))
         if sorted(units) not in ([0, 1], [len(spatial), len(spatial) + 1]):
-            raise _NotUnderstood(f"with weights {layout!r}")
+            raise NotUnderstood(f"with weights {layout!r}")
         if layout.startswith("io") and feature_group_count != 1:
-            raise _NotUnderstood(f"in groups, with weights {layout!r}")
-        channels = self.net._features(self.read(self.nodes(x), of_input[1]))
+            raise NotUnderstood(f"in groups, with weights {layout!r}")
+        channels = self.on.read(self.nodes(x), of_input[1])
         features = self.net.conv(
             w.name,
             channels,
@@ -443,12 +346,12 @@ class _Describe:
             groups=feature_group_count,
             layout=layout,
         )
-        return _along(features.per_feature, of_output[1], shape)
+        return along(features.per_feature, of_output[1], shape)
 
     def passed(self, step: _Step) -> list[Nodes | _Weight]:
         for value, i, made in zip(step.made, step.reads, step.makes, strict=True):
-            if not jnp.issubdtype(value.dtype, np.inexact) and not self.is_constant(self.nodes(i)):
-                raise _NotUnderstood(f"to {value.dtype}")
+            if not jnp.issubdtype(value.dtype, np.inexact) and not self.on.is_constant(self.nodes(i)):
+                raise NotUnderstood(f"to {value.dtype}")
             if i in self.zeros:
                 self.zeros.add(made)
         keep = step.equation.primitive.name in ("convert_element_type", "copy")
@@ -457,7 +360,7 @@ class _Describe:
     def rearranged(self, step: _Step) -> list[Nodes | _Weight]:
         name, options = step.equation.primitive.name, step.equation.params
         if len(step.reads) > 1 and name not in ("concatenate", "stack"):  # shapes that are computed
-            raise _NotUnderstood("of this form")
+            raise NotUnderstood("of this form")
         if all(i in self.zeros for i in step.reads):
             self.zeros.update(step.makes)
         shape = step.made[0].shape
@@ -471,22 +374,14 @@ class _Describe:
         return list(made) if isinstance(made, list) else [made]
 
     def pad(self, shape: tuple[int, ...], x: int, value: int, *, padding_config: Any) -> Nodes:
-        """Zeros scale as what they stand next to; channels of zeros are new units."""
         if value not in self.zeros:
-            raise _NotUnderstood("not by zeros")
+            raise NotUnderstood("not by zeros")
         nodes = self.nodes(x)
         for d, (before, after, between) in enumerate(padding_config):
-            if (before, after, between) == (0, 0, 0):
-                continue
-            wanted = (*nodes.shape[:d], shape[d], *nodes.shape[d + 1 :])
-            if nodes.strides[d] == 0 or nodes.shape[d] == 1:
-                nodes = np.broadcast_to(nodes[(slice(None),) * d + (slice(0, 1),)], wanted)
-                continue
-            if min(before, after) < 0 or between:
-                raise _NotUnderstood("of this form")
-            ends = [self.net._new(n, "zero padding") for n in (before, after)]
-            parts = [_along(z, d, (*nodes.shape[:d], len(z), *nodes.shape[d + 1 :])) for z in ends]
-            nodes = np.concatenate([parts[0], nodes, parts[1]], axis=d)
+            if between and nodes.strides[d]:
+                raise NotUnderstood("of this form")
+            if before or after or between:
+                nodes = self.on.pad(nodes, d, before, shape[d] - nodes.shape[d] - before)
         return nodes
 
     def pool(
@@ -500,12 +395,19 @@ class _Describe:
         base_dilation: Any,
         window_dilation: Any,
     ) -> Nodes:
-        nodes = self.nodes(x)
         trivial = [
             (size, step, tuple(ends), base) == (1, 1, (0, 0), 1)
             for size, step, ends, base in zip(window_dimensions, window_strides, padding, base_dilation, strict=True)
         ]
-        return np.broadcast_to(self.collapse(nodes, (d for d, same in enumerate(trivial) if not same)), shape)
+        return self.on.pool(self.nodes(x), (d for d, same in enumerate(trivial) if not same), shape)
+
+    def reduce(self, shape: tuple[int, ...], x: int, *, axes: Any, **_: Any) -> Nodes:
+        return self.on.collapse(self.nodes(x), axes).reshape(shape)
+
+    def slice(self, shape: tuple[int, ...], x: int, *_: int, slice_sizes: Any) -> Nodes:
+        """Some positions, wherever they are."""
+        nodes = self.nodes(x)
+        return np.broadcast_to(self.on.one(nodes, [d for d, n in enumerate(slice_sizes) if n != nodes.shape[d]]), shape)
 
     def add(self, shape: tuple[int, ...], a: int, b: int) -> Nodes:
         for x, y in ((a, b), (b, a)):
@@ -514,40 +416,44 @@ class _Describe:
         of_weights = [self.weight(i) is not None for i in (a, b)]
         found = [self.vector(i) if sum(of_weights) == 1 else None for i in (a, b)]
         p, q = (np.broadcast_to(self.nodes(i) if n is None else n, shape) for i, n in zip((a, b), found, strict=True))
-        if self.is_constant(p) or self.is_constant(q):
+        if self.on.is_constant(p) or self.on.is_constant(q):
             for nodes in (p, q):
-                self.pin(nodes, "added to a constant")
-            raise _NotUnderstood("of a constant")
-        compact = _compact(p, q)
-        pairs, which = np.unique(np.stack([n.ravel() for n in compact]), axis=1, return_inverse=True)
-        terms = [self.net._features(nodes) for nodes in pairs]
-        out = self.net.add(*terms, residual="tie" if any(of_weights) else self.residual).per_feature
-        return np.broadcast_to(out[which].reshape(compact[0].shape), shape)
+                self.on.pin(nodes, "added to a constant")
+            raise NotUnderstood("of a constant")
+        return self.on.add(p, q, "tie" if any(of_weights) else None)
 
-    def multiply(self, shape: tuple[int, ...], a: int, b: int, divide: bool) -> Nodes:
-        """A product scales as one factor if the other one is pinned."""
+    def multiply(self, shape: tuple[int, ...], a: int, b: int) -> Nodes:
         p, q = (np.broadcast_to(self.nodes(i), shape) for i in (a, b))
         for i, other in ((a, q), (b, p)):
-            if not divide and self.weight(i) is not None and self.net._pinned(_compact(other)[0]).all():
+            if self.weight(i) is not None and self.on.is_pinned(other):
                 rows = self.vector(i)
                 if rows is not None:
                     return np.broadcast_to(rows, shape)
-        x, y = _compact(p, q)
-        fixed = [self.net._pinned(n) for n in (x, y)]
-        if not (fixed[1] if divide else fixed[0] | fixed[1]).all():
-            raise _NotUnderstood("by a feature")
-        return np.broadcast_to(np.where(fixed[1], x, y), shape)
+        return self.on.multiply(p, q)
 
-    def choose(self, shape: tuple[int, ...], values: Sequence[int]) -> Nodes:
+    def divide(self, shape: tuple[int, ...], a: int, b: int) -> Nodes:
+        p, q = (np.broadcast_to(self.nodes(i), shape) for i in (a, b))
+        return self.on.multiply(p, q, divide=True)
+
+    def choose(self, shape: tuple[int, ...], *values: int) -> Nodes:
         """Each element is one of several, or 0."""
         nodes = [np.broadcast_to(self.nodes(i), shape) for i in values if i not in self.zeros]
-        if not nodes:
-            return np.broadcast_to(self.constant, shape)
-        if len({self.is_constant(n) for n in nodes}) > 1:
-            raise _NotUnderstood("of a constant")
-        for other in nodes[1:]:
-            self.tie(nodes[0], other)
-        return nodes[0]
+        return self.on.choose(*nodes) if nodes else self.on.fill(shape)
+
+    def select(self, shape: tuple[int, ...], which: int, *values: int) -> Nodes:
+        if not self.on.is_pinned(self.nodes(which)):
+            raise NotUnderstood("by a feature")
+        return self.choose(shape, *values)
+
+    def sign(self, shape: tuple[int, ...], x: int) -> Nodes:
+        """No rescaling changes it."""
+        return self.on.fill(shape)
+
+    def compare(self, shape: tuple[int, ...], a: int, b: int) -> Nodes:
+        """With 0: no rescaling changes it."""
+        if a not in self.zeros and b not in self.zeros:
+            raise NotUnderstood
+        return self.on.fill(shape)
 
 
 def _called(equation: JaxprEqn) -> ClosedJaxpr | None:
@@ -630,23 +536,57 @@ def _counts(dtype: Any) -> bool:
     return any(jnp.issubdtype(dtype, kind) for kind in (np.integer, np.bool_))
 
 
-def _along(nodes: Nodes, dim: int, shape: tuple[int, ...]) -> Nodes:
-    """`nodes` along one dimension of `shape`, the same along the others."""
-    return np.broadcast_to(nodes.reshape([-1 if d == dim else 1 for d in range(len(shape))]), shape)
+Rule = Callable[[_Describe, _Step], list[Nodes | _Weight]]
 
 
-def _expanded(nodes: Nodes) -> Nodes:
-    """The same nodes with stride 0 along every dimension along which they are equal."""
-    small = _compact(nodes)[0]
-    for d in range(small.ndim):
-        first = small[(slice(None),) * d + (slice(0, 1),)]
-        if (first == small).all():
-            small = first
-    return np.broadcast_to(small, nodes.shape) if nodes.size else nodes
+def _made(rule: Callable[..., Nodes]) -> Rule:
+    """A rule that is told the result's shape, what is read, and the primitive's parameters."""
+    return lambda describe, step: [rule(describe, step.made[0].shape, *step.reads, **step.equation.params)]
 
 
-def _compact(*arrays: Nodes) -> tuple[Nodes, ...]:
-    """Arrays of one shape, with extent 1 along dimensions along which all of them have stride 0."""
-    strides = zip(*(a.strides for a in arrays), strict=True)
-    index = tuple(slice(None) if any(steps) else slice(0, 1) for steps in strides)
-    return tuple(a[index] for a in arrays)
+def _plain(rule: Callable[..., Nodes]) -> Rule:
+    """A rule for which the primitive's parameters do not matter."""
+    return lambda describe, step: [rule(describe, step.made[0].shape, *step.reads)]
+
+
+# what is not here pins what it reads
+RULES: dict[str, Rule] = {
+    # f(c x) = c f(x) for c > 0, element by element
+    "abs": _Describe.passed,
+    "convert_element_type": _Describe.passed,
+    "copy": _Describe.passed,
+    "neg": _Describe.passed,
+    "optimization_barrier": _Describe.passed,
+    "reduce_precision": _Describe.passed,
+    "sharding_constraint": _Describe.passed,
+    # sums, products, choices
+    "add": _plain(_Describe.add),
+    "add_any": _plain(_Describe.add),
+    "div": _plain(_Describe.divide),
+    "max": _plain(_Describe.choose),
+    "min": _plain(_Describe.choose),
+    "mul": _plain(_Describe.multiply),
+    "select_n": _plain(_Describe.select),
+    "sub": _plain(_Describe.add),
+    # what no rescaling changes
+    "eq": _plain(_Describe.compare),
+    "ge": _plain(_Describe.compare),
+    "gt": _plain(_Describe.compare),
+    "le": _plain(_Describe.compare),
+    "lt": _plain(_Describe.compare),
+    "ne": _plain(_Describe.compare),
+    "sign": _plain(_Describe.sign),
+    # layers, and what takes elements together
+    "conv_general_dilated": _made(_Describe.convolution),
+    "dot_general": _made(_Describe.dense),
+    "dynamic_slice": _made(_Describe.slice),
+    "gather": _made(_Describe.gather),
+    "pad": _made(_Describe.pad),
+    "reduce_max": _made(_Describe.reduce),
+    "reduce_min": _made(_Describe.reduce),
+    "reduce_sum": _made(_Describe.reduce),
+    "reduce_window_max": _made(_Describe.pool),
+    "reduce_window_min": _made(_Describe.pool),
+    "reduce_window_sum": _made(_Describe.pool),
+    **dict.fromkeys(REARRANGING, _Describe.rearranged),
+}
