@@ -99,4 +99,4 @@ def set_to_one(skeleton: Skeleton, arrays: Mapping[str, Any]) -> None:
 
 def fingerprint(arrays: Mapping[str, NDArray[Any]]) -> tuple[int, ...]:
     """A checksum of every array's entries: whether weights have changed, however they were written."""
-    return tuple(zlib.crc32(memoryview(np.ascontiguousarray(a))) for a in arrays.values())
+    return tuple(zlib.crc32(np.ascontiguousarray(a).data) for a in arrays.values())

@@ -14,10 +14,10 @@ import numpy as np
 from array_api_compat import array_namespace, device
 from numpy.typing import NDArray
 
-from gsgd import _core, layout, reference
+from gsgd import layout, reference
 from gsgd.arrays import Arrays, as_array, check_gradients, check_parameters
 from gsgd.network import PINNED, Block, Network, Sum, plain_block
-from gsgd.scale import balanced_scale
+from gsgd.scale import balanced_scale, core_plan
 
 Rule = Literal["modulo", "largest"]
 Backend = Literal["c", "reference"]
@@ -40,20 +40,7 @@ def make_plan(net: Network, arrays: Arrays, backend: Backend) -> tuple[Any, list
         return reference.Plan(net.num_units, len(arrays), [(number[b.name], b) for b in blocks]), blocks
     if backend != "c":
         raise ValueError(f"backend: expected 'c' or 'reference', got {backend!r}")
-    specs: list[tuple[str, tuple[int, ...], str]] = [(n, a.shape, a.dtype.char) for n, a in arrays.items()]
-    described = [
-        (
-            number[b.name],
-            b.extents,
-            tuple(d.axis for d in b.dims),
-            tuple(d.step for d in b.dims),
-            *b.start,
-            b.rows,
-            b.cols,
-        )
-        for b in blocks
-    ]
-    return _core.Plan(net.num_units, specs, described), blocks
+    return core_plan(blocks, arrays, net.num_units), blocks
 
 
 def batch_norm_gradients(
