@@ -166,5 +166,5 @@ def _residual(net: Network, weights: Arrays, gradients: Arrays) -> NDArray[np.fl
         np.add.at(size, block.rows, squares.sum(axis=(2, 3, 4, 5)).reshape(-1))
         np.add.at(size, block.cols, squares.sum(axis=(1, 3, 4, 5)).reshape(-1))
     alive = size[:-1] > _ROUNDING**2 * size[:-1].max(initial=0.0)
-    described = [{name: arrays[name] for name in net.shapes} for arrays in (weights, gradients)]
-    return np.where(alive, symmetry_residual(*described, net), 0.0)
+    w, g = ({name: arrays[name] for name in net.shapes} for arrays in (weights, gradients))
+    return np.where(alive, symmetry_residual(w, g, net), 0.0)

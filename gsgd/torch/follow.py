@@ -21,6 +21,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from gsgd.torch.memory import converted, held_tensors, shared_parameters
+
 OUT_OF_SIGHT = "it reads a value made out of sight: by TorchScript, vmap or an extension"
 # where torch keeps its kernels without values that are written in Python
 _KERNELS = ("torch._refs", "torch._prims", "torch._decomp", "torch._meta_registrations")
@@ -40,14 +42,15 @@ def unwrap(model: nn.Module) -> tuple[nn.Module, dict[str, str]]:
 
 
 def copy_model(model: nn.Module, convert: Callable[[Tensor], Tensor]) -> nn.Module:
-    """A deep copy of `model` with every tensor `convert`ed on the way, so that nothing is held twice."""
-    memo: dict[int, Any] = {}
+    """A deep copy of `model` with every tensor `convert`ed on the way; what shares memory does so in the copy."""
     for module in model.modules():
-        for t in own_tensors(module):
-            if nn.parameter.is_lazy(t):
-                raise ValueError(f"{type(module).__name__} is lazy: run the model once before it is traced")
-            new = convert(t.detach())
-            memo[id(t)] = nn.Parameter(new, is_continuous(new)) if isinstance(t, nn.Parameter) else new
+        if any(map(nn.parameter.is_lazy, own_tensors(module))):
+            raise ValueError(f"{type(module).__name__} is lazy: run the model once before it is traced")
+    tensors = held_tensors(model)
+    memo: dict[int, Any] = dict(converted(tensors, convert))
+    for t in tensors:
+        if isinstance(t, nn.Parameter):
+            memo[id(t)] = nn.Parameter(memo[id(t)], is_continuous(memo[id(t)]))
     try:
         copied = copy.deepcopy(model, memo)
     except Exception as error:
@@ -114,9 +117,8 @@ def copy_without_values(model: nn.Module, names: Mapping[str, str]) -> tuple[nn.
     for module in ghost.modules():  # nothing goes backward here
         module._backward_hooks.clear()
         module._backward_pre_hooks.clear()
-    places = Counter(p.data_ptr() for p in model.parameters() if p.data_ptr())
-    alone = {name for name, p in model.named_parameters() if places[p.data_ptr()] <= 1}
-    return ghost, {id(p): names[name] for name, p in ghost.named_parameters() if name in alone}
+    shared = shared_parameters(model)
+    return ghost, {id(p): names[name] for name, p in ghost.named_parameters() if name not in shared}
 
 
 def count_reads(
