@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from gsgd import Network
-from gsgd.torch import SymmetryError, trace, verify
+from gsgd.torch import GSGD, SymmetryError, trace, verify
 
 
 class Call(nn.Module):
@@ -114,3 +115,20 @@ def test_a_forward_that_reads_the_original_is_refused() -> None:
     with pytest.raises(ValueError, match="forward refers to the original model"):
         verify(model, network(), X)
     assert model.a.weight.grad is None
+
+
+def test_parameters_that_the_pass_did_not_read_are_named() -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        h = torch.relu(m.a(x))
+        return m.b(torch.relu(m.c(h)) if len(x) > 100 else h)
+
+    model = Call(forward, a=nn.Linear(4, 8), c=nn.Linear(8, 8), b=nn.Linear(8, 3))
+    for call in (trace, GSGD):
+        with pytest.warns(UserWarning, match=r"did not read c\.weight, c\.bias\. If other passes"):
+            call(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        trace(model, leave_out="c")
+        trace(model, torch.randn(101, 4))
+        model.c.requires_grad_(False)
+        trace(model)

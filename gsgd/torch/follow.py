@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -77,13 +78,14 @@ def arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 @contextmanager
 def kept_random_states() -> Iterator[None]:
-    """What is drawn inside leaves torch's and Python's states as they were."""
-    state = random.getstate()
+    """What is drawn inside leaves torch's, Python's and NumPy's states as they were."""
+    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
     try:
         with torch.random.fork_rng(devices=[]):
             yield
     finally:
-        random.setstate(state)
+        random.setstate(python)
+        np.random.set_state(numpy)  # noqa: NPY002
 
 
 def output_tensors(out: Any) -> list[Tensor]:
@@ -201,8 +203,8 @@ class Follow(TorchFunctionMode):
         model = copy.deepcopy(ghost, {id(p): p for p in ghost.parameters()})  # whatever a run leaves behind is dropped
         self.path: list[str] = []
         self.current = ""
+        self.enter(held_tensors(model))
         for name, module in model.named_modules():
-            self.enter(own_tensors(module))
             module.register_forward_pre_hook(lambda _module, _args, name=name: self.path.append(name))
             module.register_forward_hook(lambda _module, _args, out, name=name: self.leave(name, out))
         args, kwargs = tree_map_only(Tensor, self.start, (args, kwargs))
