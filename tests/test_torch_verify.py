@@ -132,3 +132,16 @@ def test_parameters_that_the_pass_did_not_read_are_named() -> None:
         trace(model, torch.randn(101, 4))
         model.c.requires_grad_(False)
         trace(model)
+
+
+def test_a_guessed_size_that_takes_another_branch() -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        h = m.a(x)
+        return m.b(torch.relu(h) if x.shape[-1] > 64 else torch.tanh(h)).mean((2, 3))
+
+    model = Call(forward, a=nn.Conv2d(3, 8, 3), b=nn.Conv2d(8, 4, 3))
+    with pytest.warns(UserWarning, match=r"\(2, 3, 224, 224\), .* of \(2, 3, 32, 32\): pass example_inputs"):
+        trace(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert trace(model, torch.randn(2, 3, 32, 32)).num_units == 0

@@ -10,6 +10,7 @@ import dataclasses
 import random
 import re
 import sys
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -128,6 +129,7 @@ def count_reads(
 ) -> tuple[tuple[Any, ...], dict[str, Any], Counter[int]]:
     """Arguments on which `ghost` runs, and how often it then reads every tensor (by identity)."""
     failure: Exception | None = None
+    first: tuple[tuple[Any, ...], dict[str, Any], _CountReads] | None = None
     for args, kwargs in [given] if given is not None else _guesses(ghost):
         mode = _CountReads(originals)
         try:
@@ -136,8 +138,22 @@ def count_reads(
             if _asks_for_values(error.__cause__):  # other inputs would not help
                 raise
             failure = failure or error
-        else:
+            continue
+        if given is not None:
             return args, kwargs, mode.reads
+        if first is None:
+            first = args, kwargs, mode
+            continue
+        if mode.calls != first[2].calls:
+            one, other = (tuple(x.shape) for x in (first[0][0], args[0]))
+            warnings.warn(
+                f"the model calls other functions on inputs of shape {one}, with which it was traced, than on those of "
+                f"{other}: pass example_inputs of the shape that it is trained on",
+                stacklevel=4,
+            )
+        break
+    if first is not None:
+        return first[0], first[1], first[2].reads
     if given is not None and failure is not None:
         raise failure
     reason = f" (the first that was tried: {failure})" if failure else ""
@@ -253,8 +269,10 @@ class _CountReads(Follow):
         super().__init__()
         self.originals = originals  # parameters of which `ghost` has copies
         self.reads: Counter[int] = Counter()
+        self.calls: list[str] = []
 
     def see(self, func: Callable[..., Any], args: Any, kwargs: Any, out: Any) -> None:
+        self.calls.append(name_of(func))
         reads = [id(t) for t in tensors_in((args, kwargs))]
         if not self.originals.isdisjoint(reads):
             raise ValueError("forward refers to the original model, by a closure: it must read parameters through self")

@@ -142,8 +142,8 @@ def warn_of_unread(names: Sequence[str]) -> None:
         warnings.warn(
             f"the traced forward pass did not read {', '.join(names[:3])}{more}. If other passes do (layer drop, "
             "stochastic depth, a branch on a size or on self.training), the network is wrong for these: trace the "
-            "model with the dropping switched off and inputs as in training, and pass network=. If none does, name them in "
-            "leave_out, or freeze them",
+            "model with the dropping switched off and inputs as in training, and pass network=. If none does, name "
+            "them in leave_out, or freeze them",
             stacklevel=3,
         )
 
