@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping
+import warnings
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -86,6 +87,11 @@ def trace(
         Names of modules whose outputs are pinned: chains end there. With ``("layer1", "layer2")`` every stage of a
         residual network has chains of its own.
 
+    Warns
+    -----
+    UserWarning
+        A trainable parameter was not read, and is not in `leave_out`.
+
     Raises
     ------
     ValueError
@@ -117,14 +123,29 @@ def trace(
     args, kwargs, reads = count_reads(ghost, given, {id(p) for p in inner.parameters()})
     describe = _Describe(residual, batch_norm, parameters, reads, ends)
     describe.follow(ghost, args, kwargs)
-    alone = set(parameters.values())
+    alone, ids = set(parameters.values()), {name: i for i, name in parameters.items()}
     net = describe.net.without([name for name in left_out if name in describe.net.shapes], "left out")
     net.add_plain(left_out, "left out")
     for name in names.values():
         if name not in net.shapes:
             read = describe.reasons.get(name, "not read by the forward pass")
             net.add_plain([name], read if name in alone else "shares its memory with another")
+    trained = {name for name, p in model.named_parameters() if p.requires_grad} - set(left_out)
+    warn_of_unread([name for name in parameters.values() if name in trained and reads[ids[name]] == 0])
     return net
+
+
+def warn_of_unread(names: Sequence[str]) -> None:
+    """Say that the pass which was followed did not read these parameters."""
+    if names:
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        warnings.warn(
+            f"the traced forward pass did not read {', '.join(names[:3])}{more}. If other passes do (layer drop, "
+            "stochastic depth, a branch on a size or on self.training), the network is wrong for these: trace the "
+            "model with the dropping switched off and inputs as in training, and pass network=. If none does, name "
+            "them in leave_out, or freeze them",
+            stacklevel=3,
+        )
 
 
 class _Describe(Follow):
