@@ -79,6 +79,8 @@ TINY = ("--epochs", "1", "--seeds", "1", "--rates", "0.1", "--images", "32", "--
         ("basis", ["49-4x3-10", "49-4x3-10, momentum 0.9", "CIFAR-10, Plain-10, 1 maps"]),
         ("signs", ["49-4-4-10", "CIFAR-10, Plain-10, 1 maps"]),
         ("path_sgd", ["MNIST, 5 x 4", "grey CIFAR-10, 5 x 4"]),
+        ("robust", ["784-4x5-10, biases, momentum 0", "784-4x5-10, biases, momentum 0.9"]),
+        ("robust_cnn", ["CIFAR-10, Plain-10, 4 maps", "CIFAR-10, CNN without BN, 4 maps"]),
         ("regularization", ["CIFAR-10, ResNet-10, 4 maps, lambda = 0", "CIFAR-10, ResNet-10, 4 maps, lambda = 5e-05"]),
         ("cifar", ["CIFAR-10, Plain-34, 4 maps", "CIFAR-10, ResNet-34, 4 maps", "CIFAR-10, ResNet-110, 1 maps"]),
     ],
@@ -96,7 +98,7 @@ def test_every_command_trains_every_method(command: Command, tmp_path: Path, nam
         assert row["train_loss"] > 0
         assert 0 <= row["test_error"] <= 1
     compared = {row["method"] for row in rows}
-    if name not in ("basis", "signs", "regularization"):
+    if name not in ("basis", "signs", "regularization", "robust", "robust_cnn"):
         assert compared >= {"SGD, default start", "SGD, He start", "SGD, ones start", "G-SGD ones (paper)", "AdamW"}
     assert ("Path-SGD" in compared) == (name in ("rescaled", "path_sgd"))
     assert (tmp_path / "out" / "figure.png").read_bytes().startswith(b"\x89PNG")
