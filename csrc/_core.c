@@ -579,6 +579,29 @@ static int refuse_half(const Plan *self, const gsgd_array *gradients, const gsgd
     return 1;
 }
 
+static PyObject *Plan_balance(PyObject *object, PyObject *args) {
+    Plan *self = (Plan *)object;
+    PyObject *weights, *c = NULL, *result = NULL;
+    const gsgd_array *w;
+    double left = 0;
+    gsgd_status status;
+    if (!PyArg_ParseTuple(args, "O", &weights) || !enter(self, NOTHING))
+        return NULL;
+    npy_intp shape[1] = {self->units};
+    if ((w = take_arrays(self, weights, WEIGHTS, "parameter", 0)) == NULL ||
+        (c = PyArray_SimpleNew(1, shape, NPY_FLOAT64)) == NULL)
+        goto done;
+    double *to = PyArray_DATA((PyArrayObject *)c);
+    Py_BEGIN_ALLOW_THREADS
+    status = gsgd_balance(self->plan, w, to, &left);
+    Py_END_ALLOW_THREADS
+    result = status == GSGD_OK ? Py_BuildValue("Od", c, left) : PyErr_NoMemory();
+done:
+    leave(self);
+    Py_XDECREF(c);
+    return result;
+}
+
 static PyObject *Plan_step(PyObject *object, PyObject *args) {
     Plan *self = (Plan *)object;
     PyObject *weights, *gradients, *sums, *norm, *first, *second, *rates;
@@ -694,6 +717,7 @@ static PyMethodDef Plan_methods[] = {
     {"set_trees", Plan_set_trees, METH_VARARGS,
      "set_trees(in_edges, out_edges) -> whether each in-edge is free"},
     {"set_reference", Plan_set_reference, METH_VARARGS, "set_reference(in_weights, out_weights, c)"},
+    {"balance", Plan_balance, METH_VARARGS, "balance(weights) -> (c, what is left)"},
     {"step", Plan_step, METH_VARARGS,
      "step(weights, gradients, sums, norm, m, v, rates, max_ratio, clip_norm, threads) -> number clamped"},
     {"path_values", Plan_path_values, METH_VARARGS, "path_values(weights, values, logs)"},

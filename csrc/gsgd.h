@@ -2,9 +2,10 @@
  *
  * A plan describes a network's edges once; every call then works on the caller's buffers. Nothing here knows
  * Python. Strides and extents are counted in elements and are ptrdiff_t. A plan owns copies of all that it is
- * given and all scratch memory: only gsgd_create allocates. A plan serves one call at a time.
+ * given and all scratch memory: only gsgd_create allocates, and gsgd_balance while it runs. A plan serves one
+ * call at a time.
  *
- * Terms (unit, block, in-edge, out-edge, free, chain root) and formulas are those of the README's references:
+ * Terms (unit, block, in-edge, out-edge, free, chain root) and formulas are those of METHOD.md:
  * Meng et al., "G-SGD", ICLR 2019, in the form for any feed-forward network.
  */
 #ifndef GSGD_H
@@ -109,6 +110,12 @@ gsgd_status gsgd_set_trees(gsgd_plan *plan, const gsgd_edge *in, const gsgd_edge
  * and out-edges and the number c per unit, relative to which path values are measured (all non-zero). Arrays
  * of `units` entries. */
 void gsgd_set_reference(gsgd_plan *plan, const double *in, const double *out, const double *c);
+
+/** The balanced scale (METHOD.md, section 4): the c per unit that carries `weights` to the rescaling of least
+ * sum of squares. Units that no path of non-zero weights passes must be pinned; c is 1 for those that
+ * gsgd_set_trees has pinned. Writes c[units]; *left is 0, or by how much log c still moved when it gave up.
+ * Allocates memory of the order of units and pairs of layers, and frees it. */
+gsgd_status gsgd_balance(gsgd_plan *plan, const gsgd_array *weights, double *c, double *left);
 
 /** One step: gather, solve, apply. `weights` and the moments `m` and `v` are updated in place; data NULL:
  * there is no such moment. `sums` are the gradients that the inverse chain rule of in-edges reads:

@@ -19,6 +19,7 @@ class Plan:
     def set_reference(
         self, in_weights: NDArray[np.float64], out_weights: NDArray[np.float64], c: NDArray[np.float64], /
     ) -> None: ...
+    def balance(self, weights: list[Any], /) -> tuple[NDArray[np.float64], float]: ...
     def step(
         self,
         weights: list[Any],

@@ -456,12 +456,55 @@ class Network:
                 self._layers[name] = replace(self._layers[name], batch_norm=mode)
             self._compiled = None
             return x
-        self.nodes.pin(nodes, "scale lost in batch normalization")
-        rows = self.nodes.new(len(nodes), names[0] if names else "batch_norm")
+        return self._normalized(nodes, weight, bias, "batch normalization")
+
+    def norm(self, x: Features, weight: str | None = None, bias: str | None = None) -> Features:
+        """The affine part of a layer, group, instance or RMS normalization (METHOD.md, section 9).
+
+        `x` is pinned, since the normalization loses its scale or mixes its channels; gamma and beta are the in-edges of
+        a unit per channel.
+
+        Parameters
+        ----------
+        weight, bias : str, optional
+            Its parameters gamma and beta, of shape ``(channels,)``.
+
+        Raises
+        ------
+        ValueError
+            A name is described already, or `x` is flattened.
+        TypeError
+            `x` is nothing that a layer returns, or a name no string.
+        """
+        self._check_names(*_given(weight, bias))
+        return self._normalized(self._channels(x, "norm"), weight, bias, "normalization")
+
+    def _normalized(self, nodes: Ids, weight: str | None, bias: str | None, what: str) -> Features:
+        self.nodes.pin(nodes, f"scale lost in {what}")
+        names, kind = _given(weight, bias), "batch_norm" if what.startswith("batch") else "norm"
+        rows = self.nodes.new(len(nodes), names[0] if names else kind)
         for name in names:
-            self._source_layer(name, "batch_norm", rows)
+            self._source_layer(name, kind, rows)
         if weight is None:
-            self.nodes.pin(rows, "batch normalization without weight")
+            self.nodes.pin(rows, f"{what} without weight")
+        return self.features(rows)
+
+    def scale(self, name: str, x: Features) -> Features:
+        """Channels times the entries of a vector of shape ``(channels,)``: each is one edge, from a unit to a unit.
+
+        Raises
+        ------
+        ValueError
+            `name` is described already, `x` is flattened, or it has no channels.
+        TypeError
+            `x` is nothing that a layer returns, or `name` no string.
+        """
+        self._check_names(name)
+        cols = self._channels(x, name)
+        _integer(len(cols), f"{name}: channels that it reads")
+        rows = self.nodes.new(len(cols), name)
+        dims = (Dim(len(cols), 0, 1), Dim(), Dim(), Dim(), Dim(), Dim())
+        self._add_layer(name, "scale", (len(cols),), Part(dims, (0, 0), rows, cols))
         return self.features(rows)
 
     def pin(self, x: Features, reason: str) -> Features:

@@ -67,7 +67,8 @@ import numpy as np
 import optax
 from numpy.typing import NDArray
 
-from gsgd import reference
+from gsgd import layout, stages
+from gsgd.coordinates import set_to_one
 from gsgd.jax import names
 from gsgd.network import Network, plain_block
 from gsgd.optimizer import check_clip_norm, check_max_ratio, limit
@@ -87,7 +88,7 @@ class Trees:
 
     digest: str
     shapes: dict[str, tuple[int, ...]] = field(compare=False, repr=False)
-    tables: reference.Tables = field(compare=False, repr=False)
+    tables: layout.Tables = field(compare=False, repr=False)
 
     def __str__(self) -> str:
         return f"skeleton {self.digest}"
@@ -235,9 +236,7 @@ def ones(params: Tree, network: Network) -> Tree:
     """
     leaves, _, skeleton = _skeleton(params, network, "modulo", False)
     masks = {name: np.zeros(np.shape(x), bool) for name, x in leaves.items()}
-    for edge in (*skeleton.in_edges, *skeleton.out_edges):
-        if edge is not None:
-            masks[edge[0]][edge[1]] = True
+    set_to_one(skeleton, masks)
     structure: Any = jax.tree.structure(params)
     return structure.unflatten(jnp.where(masks[name], jnp.ones_like(x), x) for name, x in leaves.items())
 
@@ -299,9 +298,9 @@ def _transformation(
         _check_shapes(trees, weights, gradients)
         moments = [[None] * len(weights) if x is None else structure.flatten_up_to(x) for x in (state.m, state.v)]
         lr = learning_rate(state.count) if callable(learning_rate) else learning_rate
-        new, new_moments, solution = reference.step(
-            reference.convert(trees.tables, _constant),
-            reference.Scale(*scale),
+        new, new_moments, solution = stages.step(
+            layout.convert(trees.tables, _constant),
+            stages.Scale(*scale),
             weights,
             gradients,
             gradients,
@@ -368,7 +367,7 @@ def _skeleton(params: Tree, network: Network, rule: Rule, balanced: bool) -> tup
     if traced and rule == "largest":
         raise ValueError("rule 'largest' chooses by values: call init outside of jit and vmap")
     host = {n: np.ones(np.shape(x), np.float32) if traced else _on_host(x) for n, x in leaves.items()}
-    return leaves, traced, Skeleton(network, host, rule, _scaled=balanced)
+    return leaves, traced, Skeleton(network, host, rule, balanced=balanced and not traced)
 
 
 def _anchor(params: Tree, network: Network, scale: ScaleName, rule: Rule) -> dict[Trees, Reference]:
@@ -380,7 +379,7 @@ def _anchor(params: Tree, network: Network, scale: ScaleName, rule: Rule) -> dic
         warnings.warn("no unit was found that can be rescaled: every step is a plain one", stacklevel=3)
     number = {name: i for i, name in enumerate(shapes)}
     blocks = [*network.blocks, *(plain_block(n, s) for n, s in shapes.items() if n not in network.shapes)]
-    tables = reference.tables(network.num_units, [(number[b.name], b) for b in blocks], *skeleton.edge_arrays)
+    tables = layout.tables(network.num_units, [(number[b.name], b) for b in blocks], *skeleton.edge_arrays)
     digest = hashlib.sha256(repr(shapes).encode())
     for b in blocks:
         digest.update(repr((b.name, b.dims, b.start)).encode() + b.rows.tobytes() + b.cols.tobytes())
@@ -395,7 +394,7 @@ def _anchor(params: Tree, network: Network, scale: ScaleName, rule: Rule) -> dic
             if edge is not None and not np.abs(values[edge[0]][edge[1]]) > 0:
                 what = f"{edge[0]}{list(edge[1])}"
                 raise ValueError(f"the skeleton weight {what} is 0: call init outside of jit and vmap")
-        c = skeleton.balanced_scale(values) if scale == "balanced" else np.ones(network.num_units)
+        c = skeleton.balanced_scale(values) if traced and scale == "balanced" else skeleton.c
         return [np.append(x, 1.0).astype(real) for x in (*skeleton.tree_weights(values), c)]
 
     arrays = [leaves[name] for name in network.shapes]

@@ -12,11 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gsgd.arrays import as_array, check_gradients, check_names, check_parameters
+from gsgd.coordinates import Coordinates, ScaleName, check_scale, set_to_one
 from gsgd.network import Network
 from gsgd.rates import Rates, adam, number, rmsprop, sgd
 from gsgd.skeleton import Backend, Rule, Skeleton, batch_norm_gradients, check_rule, explain
-
-ScaleName = Literal["balanced", "initial", "ones"]
 
 _forked = False
 
@@ -41,13 +40,6 @@ def default_threads() -> int:
 def usable_threads(threads: int) -> int:
     """One in a child process, otherwise `threads`."""
     return 1 if _forked else threads
-
-
-def check_scale(scale: ScaleName) -> ScaleName:
-    """`scale`, if it is one."""
-    if scale not in ("balanced", "initial", "ones"):
-        raise ValueError(f"scale: expected 'balanced', 'initial' or 'ones', got {scale!r}")
-    return scale
 
 
 MaxRatio = float | None | Literal["auto"]
@@ -130,19 +122,16 @@ class _PathOptimizer:
             raise ValueError("params: expected at least one parameter")
         self._rates = np.empty((len(self._weights), len(first.row)))
         self._set_rates(first)
-        self.skeleton = Skeleton(net, self._arrays, rule, backend=backend, _scaled=scale == "balanced")
+        self.skeleton = Skeleton(net, self._arrays, rule, backend=backend, balanced=scale == "balanced")
         self.skeleton.warn_of_pinned()
-        c = self.skeleton.balanced_scale(self._arrays) if scale == "balanced" else np.ones(net.num_units)
         if scale == "ones":
-            for edge in (*self.skeleton.in_edges, *self.skeleton.out_edges):
-                if edge is not None:
-                    self._arrays[edge[0]][edge[1]] = 1
-        self._set_reference((*self.skeleton.tree_weights(self._arrays), c))
+            set_to_one(self.skeleton, self._arrays)
+        self._set_coordinates(Coordinates.of(self.skeleton, self._arrays, scale))
         self._m, self._v = self._moments(first, {})
 
-    def _set_reference(self, found: tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]) -> None:
-        self._reference = found
-        self.skeleton.plan.set_reference(*found)
+    def _set_coordinates(self, found: Coordinates) -> None:
+        self._coordinates = found
+        self.skeleton.plan.set_reference(*found.scale)
 
     def _set_rates(self, rates: Rates) -> None:
         self._rates[:] = rates.row
@@ -237,8 +226,6 @@ class _PathOptimizer:
 
     def state_dict(self) -> dict[str, Any]:
         """Hyperparameters, skeleton, reference scale and moments: copies, of plain Python and NumPy types."""
-        in_edges, out_edges = self.skeleton.edge_arrays
-        in_weights, out_weights, c = self._reference
         moments = {
             key: None if found[0] is None else {n: np.array(x) for n, x in zip(self._arrays, found, strict=True)}
             for key, found in (("m", self._m), ("v", self._v))
@@ -249,11 +236,7 @@ class _PathOptimizer:
             "clip_norm": self.clip_norm,
             "scale": self.scale,
             "rule": self.skeleton.rule,
-            "in_edges": in_edges.copy(),
-            "out_edges": out_edges.copy(),
-            "in_weights": in_weights.copy(),
-            "out_weights": out_weights.copy(),
-            "c": c.copy(),
+            **self._coordinates.save(),
             **moments,
             "steps": self.stats.steps,
             "clamped": self.stats.clamped,
@@ -272,19 +255,13 @@ class _PathOptimizer:
             raise ValueError(f"state_dict: of another method, with {sorted(hyperparameters)}")
         rates = self._make(**hyperparameters)
         moments = self._moments(rates, state)
-        units = self._net.num_units
-        edges = [np.ascontiguousarray(state[n], dtype=np.int64) for n in ("in_edges", "out_edges")]
-        reference = [np.array(state[n], dtype=np.float64) for n in ("in_weights", "out_weights", "c")]
-        if any(e.shape != (units, 2) for e in edges) or any(r.shape != (units,) for r in reference):
-            raise ValueError(f"state_dict: expected the skeleton of {units} units")
-        if not all((np.isfinite(r) & (r != 0)).all() for r in reference) or (reference[2] < 0).any():
-            raise ValueError("state_dict: the reference scale has entries that are 0 or not finite")
+        coordinates = Coordinates.load(state, self._net.num_units)
         scale = check_scale(state["scale"])
         max_ratio, clip_norm = check_max_ratio(state["max_ratio"], scale), check_clip_norm(state["clip_norm"])
         rule, stats = check_rule(state["rule"]), Stats(int(state["steps"]), int(state["clamped"]))
-        self.skeleton.replace_edges((edges[0], edges[1]), self._arrays)
+        self.skeleton.replace_edges(coordinates.edges, self._arrays)
         self.skeleton.rule = rule
-        self._set_reference((reference[0], reference[1], reference[2]))
+        self._set_coordinates(coordinates)
         self._hyperparameters = hyperparameters
         self._set_rates(rates)
         self.scale, self.max_ratio, self.clip_norm, self.stats = scale, max_ratio, clip_norm, stats

@@ -9,10 +9,13 @@ from typing import Any, Literal
 Method = Literal["sgd", "adam", "rmsprop"]
 METHODS: tuple[Method, ...] = ("sgd", "adam", "rmsprop")
 
+Array = Any
+Moments = tuple[Array | None, Array | None]
+
 
 @dataclass(frozen=True, eq=False)
 class Rates:
-    """Hyperparameters of one or several arrays; `gsgd.reference.direction` says what they do."""
+    """Hyperparameters of one or several arrays; `direction` says what they do."""
 
     lr: Any
     momentum: Any = 0.0
@@ -57,6 +60,23 @@ class Rates:
         method, lr, momentum, weight_decay, second, eps, correct_m, correct_v, nesterov, decoupled = row
         flags = bool(nesterov), bool(decoupled), METHODS[int(method)]
         return cls(lr, momentum, weight_decay, second, eps, correct_m, correct_v, *flags)
+
+
+def direction(xp: Any, o: Rates, d: Array, m: Array | None, v: Array | None) -> tuple[Array, Moments]:
+    """The direction in which coordinates move, from their gradients d and moments; and the new moments."""
+    if o.method == "sgd":
+        if m is None:
+            return d, (None, v)
+        m = o.momentum * m + d
+        return (d + o.momentum * m if o.nesterov else m), (m, v)
+    v = o.second * v + (1 - o.second) * (d * d)
+    if o.method == "adam":
+        m = o.momentum * m + (1 - o.momentum) * d
+        return o.correct_m * m / (xp.sqrt(o.correct_v * v) + o.eps), (m, v)
+    d = d / (xp.sqrt(v) + o.eps)
+    if m is not None:
+        m = d = o.momentum * m + d
+    return d, (m, v)
 
 
 def number(name: str, x: Any) -> float:

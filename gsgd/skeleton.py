@@ -6,6 +6,7 @@ import dataclasses
 import math
 import warnings
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from itertools import pairwise
 from typing import Any, Literal
 
@@ -13,10 +14,10 @@ import numpy as np
 from array_api_compat import array_namespace, device
 from numpy.typing import NDArray
 
-from gsgd import _core, reference
+from gsgd import layout, reference
 from gsgd.arrays import Arrays, as_array, check_gradients, check_parameters
 from gsgd.network import PINNED, Block, Network, Sum, plain_block
-from gsgd.scale import balanced_scale
+from gsgd.scale import balanced_scale, core_plan
 
 Rule = Literal["modulo", "largest"]
 Backend = Literal["c", "reference"]
@@ -39,20 +40,7 @@ def make_plan(net: Network, arrays: Arrays, backend: Backend) -> tuple[Any, list
         return reference.Plan(net.num_units, len(arrays), [(number[b.name], b) for b in blocks]), blocks
     if backend != "c":
         raise ValueError(f"backend: expected 'c' or 'reference', got {backend!r}")
-    specs: list[tuple[str, tuple[int, ...], str]] = [(n, a.shape, a.dtype.char) for n, a in arrays.items()]
-    described = [
-        (
-            number[b.name],
-            b.extents,
-            tuple(d.axis for d in b.dims),
-            tuple(d.step for d in b.dims),
-            *b.start,
-            b.rows,
-            b.cols,
-        )
-        for b in blocks
-    ]
-    return _core.Plan(net.num_units, specs, described), blocks
+    return core_plan(blocks, arrays, net.num_units), blocks
 
 
 def batch_norm_gradients(
@@ -95,7 +83,7 @@ def batch_norm_gradients(
         here = np.flatnonzero(in_edges[:, 0] == k)
         group, row, _, *taps = np.unravel_index(in_edges[here, 1], b.extents)
         if chain_norm is None:
-            real = reference.real_type(xp, device(norm))
+            real = layout.real_type(xp, device(norm))
             chain_norm = xp.ones(net.num_units, dtype=real, device=device(norm))
         unit, *at = (xp.asarray(x, device=device(norm)) for x in (here, group, row, 0 * row, *taps))
         chain_norm[unit] = xp.astype(norm[tuple(at)], chain_norm.dtype)
@@ -152,9 +140,13 @@ class Skeleton:
         (the paper's choice). "largest": the largest weight by magnitude. Both pass over exact zeros, take in-edges
         from the first layer that writes a unit and out-edges from the last that reads it.
     backend : {"c", "reference"}
+    balanced : bool
+        Find the balanced scale, too, and choose the largest weights of the balanced network.
 
     Attributes
     ----------
+    c : array, shape (H,)
+        The balanced scale, if asked for; otherwise 1.
     in_edges, out_edges : tuples of (name, index), one per unit
         None for a unit that no path of non-zero weights passes: it is pinned.
     """
@@ -166,7 +158,7 @@ class Skeleton:
         rule: Rule = "modulo",
         *,
         backend: Backend = "c",
-        _scaled: bool = False,
+        balanced: bool = False,
     ) -> None:
         check_rule(rule)
         arrays = check_parameters(params, net, writable=False, others=True)
@@ -174,24 +166,38 @@ class Skeleton:
             if not np.isfinite(a).all():
                 raise ValueError(f"parameter {name!r} has entries that are not finite")
         self.net, self.rule, self.backend = net, rule, backend
-        plan, _ = make_plan(net, arrays, backend)
-        scale = None
-        edges = plan.choose_trees(list(arrays.values()), False, None)
+        self.plan, self._blocks = make_plan(net, arrays, backend)
+        self._shapes = {name: a.shape for name, a in arrays.items()}
+        self.c = np.ones(net.num_units)
+        if rule == "modulo" or balanced:
+            self._take(self.plan.choose_trees(list(arrays.values()), False, None))
+        if balanced:
+            self.c = self.balanced_scale(arrays)
         if rule == "largest":
-            if _scaled:
-                self.replace_edges(edges, arrays)
-                scale = self.balanced_scale(arrays)
-            edges = plan.choose_trees(list(arrays.values()), True, scale)
-        self.replace_edges(edges, arrays)
+            self._take(self.plan.choose_trees(list(arrays.values()), True, self.c if balanced else None))
+
+    def _take(self, edges: tuple[NDArray[np.int64], NDArray[np.int64]]) -> None:
+        self.plan.set_trees(*edges)
+        self.edge_arrays = edges
+        for name in ("in_edges", "out_edges"):
+            self.__dict__.pop(name, None)
 
     def replace_edges(self, edges: tuple[NDArray[np.int64], NDArray[np.int64]], arrays: Arrays) -> None:
         """Use these trees, (block, entry) per unit; ValueError when they are none."""
-        plan, blocks = make_plan(self.net, arrays, self.backend)
+        plan, _ = make_plan(self.net, arrays, self.backend)
         plan.set_trees(*edges)
         self.plan = plan
-        self.edge_arrays = edges
-        self.in_edges, self.out_edges = (_named(found, blocks) for found in edges)
-        self._shapes = {name: a.shape for name, a in arrays.items()}
+        self._take(edges)
+
+    @cached_property
+    def in_edges(self) -> tuple[Edge | None, ...]:
+        """The in-edge of every unit, (name, index)."""
+        return _named(self.edge_arrays[0], self._blocks)
+
+    @cached_property
+    def out_edges(self) -> tuple[Edge | None, ...]:
+        """The out-edge of every unit, (name, index)."""
+        return _named(self.edge_arrays[1], self._blocks)
 
     @property
     def free(self) -> dict[str, NDArray[np.bool_]]:
@@ -206,7 +212,7 @@ class Skeleton:
     def pinned(self) -> dict[str, str]:
         """Units of the network that the skeleton had to pin, by label, with the reason."""
         reason = "no path of non-zero weights passes"
-        return {self.net.units[u]: reason for u, edge in enumerate(self.in_edges) if edge is None}
+        return {self.net.units[u]: reason for u in np.flatnonzero(self.edge_arrays[0][:, 0] < 0)}
 
     def warn_of_pinned(self) -> None:
         """Warn of units that the skeleton had to pin: training does not become free of their scale."""
@@ -229,17 +235,21 @@ class Skeleton:
 
     def tree_weights(self, arrays: Mapping[str, NDArray[Any]]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """The weights of in-edges and of out-edges, (H,) each; 1 where there is none."""
-        found = (
-            [1.0 if e is None else float(arrays[e[0]][e[1]]) for e in edges]
-            for edges in (self.in_edges, self.out_edges)
-        )
-        w_in, w_out = (np.array(w, dtype=np.float64) for w in found)
-        return w_in, w_out
+        found = []
+        for edges in self.edge_arrays:
+            weights = np.ones(self.net.num_units)
+            for k in np.unique(edges[:, 0][edges[:, 0] >= 0]):
+                here = np.flatnonzero(edges[:, 0] == k)
+                block = self._blocks[k]
+                at = tuple(np.array(block.indices(edges[here, 1])).T)
+                weights[here] = arrays[block.name][at]
+            found.append(weights)
+        return found[0], found[1]
 
     def balanced_scale(self, params: Mapping[str, Any]) -> NDArray[np.float64]:
         """c per unit, (H,): to the representative of least sum of squares; 1 for units that are pinned."""
         arrays = check_parameters(params, self.net, writable=False)
-        active = np.array([e is not None for e in self.in_edges] + [False])
+        active = np.append(self.edge_arrays[0][:, 0] >= 0, False)
         blocks = [
             dataclasses.replace(
                 b, rows=np.where(active[b.rows], b.rows, PINNED), cols=np.where(active[b.cols], b.cols, PINNED)

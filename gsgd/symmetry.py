@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Mapping
+import random
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +14,7 @@ from numpy.typing import NDArray
 from gsgd.network import Network
 from gsgd.paths import require_symmetry, rescale, symmetry_residual
 
-Arrays = dict[str, NDArray[np.float64]]
+Arrays = dict[str, NDArray[Any]]  # float64 or complex128
 
 _TOLERANCE = 1e-6  # relative: rounding in float64 is far below, the effect of a wrong edge far above
 _ROUNDING = 1e-11  # of gradients, relative to the largest in the model
@@ -35,8 +36,32 @@ class Probe:
     gradients: Callable[[Arrays], Arrays]
 
 
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Python's and NumPy's random numbers start from `seed` inside, and go on afterwards as if nothing were drawn."""
+    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
+    random.seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)  # noqa: NPY002
+
+
+def random_states() -> tuple[object, ...]:
+    """Python's and NumPy's, to be compared."""
+    numpy: Any = np.random.get_state()  # noqa: NPY002
+    return random.getstate(), numpy[1].tobytes(), numpy[2:]
+
+
 def perturbed(net: Network, params: Mapping[str, Any], seed: int) -> Arrays:
-    """The described parameters in float64, a tenth away: zeros would hide what is wrong.
+    """The parameters in double precision, a tenth further from zero: zeros would hide what is wrong.
+
+    Parameters
+    ----------
+    params : mapping of arrays
+        All that are real or complex, described or not: the network may omit a bias that is zero.
 
     Raises
     ------
@@ -44,27 +69,47 @@ def perturbed(net: Network, params: Mapping[str, Any], seed: int) -> Arrays:
         `net` names parameters that are not there, or of another shape; or it is an approximation.
     """
     require_symmetry(net)
-    random = np.random.default_rng(seed)
-    weights: Arrays = {}
     for name, shape in net.shapes.items():
         have = tuple(params[name].shape) if name in params else "no such parameter"
         if have != shape:
             raise ValueError(f"{name}: the network describes shape {shape}, the model has {have}")
-        w = np.asarray(params[name], dtype=np.float64)
-        spread = np.sqrt(np.mean(w**2)) or 1.0
-        weights[name] = w + 0.1 * spread * random.standard_normal(w.shape)
+    generator = np.random.default_rng(seed)
+    weights: Arrays = {}
+    for name, w in params.items():
+        if np.iscomplexobj(w):
+            weights[name] = _further(np.real(w), generator) + 1j * _further(np.imag(w), generator)
+        else:
+            weights[name] = _further(w, generator)
     return weights
 
 
+def _further(w: Any, generator: np.random.Generator) -> NDArray[np.float64]:
+    """Signs are kept, since a model may take logarithms or roots of what must be positive."""
+    w = np.asarray(w).astype(np.float64)
+    spread = np.sqrt(np.mean(w**2)) if w.any() else 1.0
+    noise = 0.1 * spread * generator.standard_normal(w.shape)
+    moved: NDArray[np.float64] = w + np.where(w == 0, noise, np.copysign(noise, w))
+    return moved
+
+
 def check(net: Network, weights: Arrays, probes: list[Probe], seed: int) -> None:
-    """Raise `SymmetryError` unless a random rescaling of units leaves the outputs alone and gradients agree."""
-    random = np.random.default_rng(seed)
-    scales = np.exp(random.uniform(-np.log(2), np.log(2), net.num_units))
+    """Raise `SymmetryError` unless a random rescaling of units leaves the outputs alone and gradients agree.
+
+    A model whose outputs differ between two runs on the same weights is no function of them: a `ValueError` says so.
+    """
+    generator = np.random.default_rng(seed)
+    scales = np.exp(generator.uniform(-np.log(2), np.log(2), net.num_units))
     groups = _layers(net)
     expected = [probe.outputs(weights) for probe in probes]
     if not all(np.isfinite(y).all() for outputs in expected for y in outputs):
         raise ValueError("the model's outputs on the example are not finite")
     for probe, outputs in zip(probes, expected, strict=True):
+        if _difference(probe.outputs(weights), outputs) > _TOLERANCE:
+            raise ValueError(
+                f"{probe.mode}two runs on the same weights give different outputs: the model draws random numbers that "
+                "can't be seeded (by a generator of its own, say), or counts its runs, and no network of it can be "
+                "verified. Switch that off while verifying"
+            )
         if _change(net, weights, probe, outputs, scales) > _TOLERANCE:
             alone = {}
             for layer, members in groups.items():
@@ -99,9 +144,16 @@ def _change(
     net: Network, weights: Arrays, probe: Probe, expected: list[NDArray[Any]], scales: NDArray[np.float64]
 ) -> float:
     """How much the rescaling changes the outputs, relative to the largest."""
-    moved = copy.deepcopy(weights)
+    moved = {name: weights[name].copy() for name in net.shapes}
     rescale(moved, net, scales)
-    pairs = zip(probe.outputs(moved), expected, strict=True)
+    return _difference(probe.outputs({**weights, **moved}), expected)
+
+
+def _difference(outputs: list[NDArray[Any]], expected: list[NDArray[Any]]) -> float:
+    """The largest relative difference; infinite where shapes differ."""
+    if [a.shape for a in outputs] != [b.shape for b in expected]:
+        return float("inf")
+    pairs = zip(outputs, expected, strict=True)
     differences = [float(np.abs(a - b).max() / max(np.abs(b).max(), 1e-300)) for a, b in pairs if a.size]
     return max((d if d == d else float("inf") for d in differences), default=0.0)
 
@@ -114,4 +166,5 @@ def _residual(net: Network, weights: Arrays, gradients: Arrays) -> NDArray[np.fl
         np.add.at(size, block.rows, squares.sum(axis=(2, 3, 4, 5)).reshape(-1))
         np.add.at(size, block.cols, squares.sum(axis=(1, 3, 4, 5)).reshape(-1))
     alive = size[:-1] > _ROUNDING**2 * size[:-1].max(initial=0.0)
-    return np.where(alive, symmetry_residual(weights, gradients, net), 0.0)
+    w, g = ({name: arrays[name] for name in net.shapes} for arrays in (weights, gradients))
+    return np.where(alive, symmetry_residual(w, g, net), 0.0)

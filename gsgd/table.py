@@ -19,7 +19,7 @@ def table(net: Network) -> str:
     rows = [("parameter", "kind", "shape", "weights", "reads", "writes")]
     for layer in net.layers.values():
         cols = np.concatenate([part.cols for part in layer.parts])
-        reads = "constant" if layer.kind in ("bias", "batch_norm") else _describe(net, cols)
+        reads = "constant" if layer.kind in ("bias", "batch_norm", "norm") else _describe(net, cols)
         kind = layer.kind + (f" ({layer.batch_norm})" if layer.batch_norm else "")
         shape = " x ".join(map(str, layer.shape))
         rows.append(

@@ -438,6 +438,39 @@ static void test_methods(void) {
     release(&c);
 }
 
+/* At the balanced scale the sums of squares in and out of every unit agree. */
+static void test_balance(gsgd_type type) {
+    static const ptrdiff_t widths[] = {3, 70, 2, 9, 3};
+    chain c;
+    build(&c, 4, widths, type);
+    buffers *w = allocate(&c, 0, 0), *other = allocate(&c, 2, 1);
+    fill(&c, w, 1);
+    copy(&c, other, w);
+    skeleton(&c, w, GSGD_MODULO);
+    size_t units = (size_t)c.units;
+    double *scale = calloc(2 * units, sizeof *scale), *in = calloc(2 * units, sizeof *in), left;
+    CHECK(gsgd_balance(c.plan, w->array, scale, &left) == GSGD_OK && left == 0);
+    CHECK(gsgd_balance(c.plan, other->array, scale + units, &left) == GSGD_OK && left == 0);
+    CHECK(memcmp(scale, scale + units, units * sizeof *scale) == 0);
+    for (int i = 0; i < 8; ++i)
+        for (ptrdiff_t r = 0; r < c.width[i / 2 + 1]; ++r)
+            for (ptrdiff_t k = 0; k < (i % 2 ? 1 : c.width[i / 2]); ++k) {
+                int64_t u = i % 2 ? -1 : c.ids[i / 2][k], v = c.ids[i / 2 + 1][r];
+                double x = get(&c, w, i, r, k) * (v < 0 ? 1 : scale[v]) / (u < 0 ? 1 : scale[u]);
+                if (v >= 0)
+                    in[v] += x * x;
+                if (u >= 0)
+                    in[units + (size_t)u] += x * x;
+            }
+    for (size_t u = 0; u < units; ++u)
+        CHECK(fabs(in[u] / in[units + u] - 1) < 1e-11);
+    free(scale);
+    free(in);
+    drop(&c, w);
+    drop(&c, other);
+    release(&c);
+}
+
 int main(void) {
     gsgd_rates momentum = plain, nesterov = plain, decay = plain, rmsprop = plain;
     gsgd_rates adam = {.method = GSGD_ADAM,
@@ -465,6 +498,8 @@ int main(void) {
         test_bits((gsgd_type)type, adam);
         test_bits((gsgd_type)type, rmsprop);
     }
+    test_balance(GSGD_FLOAT32);
+    test_balance(GSGD_FLOAT64);
     test_errors();
     test_cycle();
     test_methods();

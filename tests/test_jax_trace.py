@@ -406,3 +406,19 @@ def test_equinox() -> None:
     state = gopt.gsgd(0.1, net).init(params)
     (scale,) = state.reference.values()
     assert scale.c.shape == (4 + 5 + 1,)
+
+
+def test_an_omitted_bias_that_is_zero_is_found() -> None:
+    def apply(p: Any, x: Any) -> Any:
+        return jax.nn.relu(x @ p["a"] + p["b"]) @ p["c"]
+
+    draw = np.random.default_rng(0).standard_normal
+    params, x = {"a": draw((4, 8)), "b": np.zeros(8), "c": draw((8, 2))}, draw((16, 4))
+    for bias in ("b", None):
+        net = gsgd.Network()
+        net.output(net.dense("c", net.dense("a", net.input(4), 8, bias=bias, layout="io"), 2, layout="io"))
+        if bias:
+            gsgd.jax.verify(apply, params, net, x)
+        else:
+            with pytest.raises(gsgd.jax.SymmetryError, match="written by 'a'"):
+                gsgd.jax.verify(apply, params, net, x)

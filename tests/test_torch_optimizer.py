@@ -363,7 +363,7 @@ def test_a_step_stays_on_its_device(monkeypatch: pytest.MonkeyPatch, device: str
     monkeypatch.setattr(Tensor, "__getitem__", lambda x, ids: torch.ops.aten.index.Tensor(x, [ids]))
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
         tensors = {name: torch.empty(p.shape, device=device) for name, p in opt._tensors().items()}
-        engine = gsgd.torch.optimizer._ArrayEngine(opt.network, opt._anchor, tensors)
+        engine = gsgd.torch.optimizer._ArrayEngine(opt.network, opt._coordinates, tensors)
         gradients, momenta = ([torch.empty_like(p) for p in tensors.values()] for _ in range(2))
         for wait in (lambda p: p.sum().item(), lambda p: p.nonzero(), lambda p: p + torch.ones(p.shape)):
             with pytest.raises(RuntimeError):
@@ -1225,3 +1225,27 @@ def test_states_that_do_not_fit_are_told_of() -> None:
 def test_a_model_without_units_is_told_of() -> None:
     with pytest.warns(UserWarning, match="no unit was found"):
         GSGD(nn.Sequential(nn.Linear(3, 4), nn.GELU(), nn.Linear(4, 2)))
+
+
+@pytest.mark.parametrize("rule", ["modulo", "largest"])
+def test_a_plan_and_a_balanced_scale_are_made_once(rule: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once for construction and the first step; again where weights have changed between, however they were written."""
+    made: list[str] = []
+    for module, name in (
+        (gsgd.skeleton, "make_plan"),
+        (gsgd.torch.optimizer, "make_plan"),
+        (gsgd.skeleton, "balanced_scale"),
+    ):
+        function = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *a, f=function, n=name: made.append(n) or f(*a))
+    model = Net()
+    opt = make(model, rule=rule)
+    backward(model, 0)
+    opt.step()
+    opt.step()
+    assert sorted(made) == ["balanced_scale", "make_plan"]
+    opt = make(model, rule=rule)
+    next(model.parameters()).data.mul_(2)
+    made.clear()
+    opt.step()
+    assert sorted(made) == ["balanced_scale", "make_plan"]

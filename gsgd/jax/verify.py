@@ -19,7 +19,8 @@ def verify(apply: Callable[..., Any], params: Any, net: Network, example: Any, s
 
     Every unit is rescaled by a random factor, log-uniform in [1/2, 2]: the outputs must stay the same. And for every
     unit the sums of weight times gradient over its in-edges and over its out-edges must be equal, for a random linear
-    functional of the outputs (METHOD.md, section 2). Both are tried at weights a tenth away from `params`.
+    functional of the outputs (METHOD.md, section 2). Both are tried at weights a tenth away from `params`, described or
+    not.
 
     Parameters
     ----------
@@ -47,10 +48,10 @@ def verify(apply: Callable[..., Any], params: Any, net: Network, example: Any, s
     leaves: list[Any] = jax.tree.leaves(params)
     structure: Any = jax.tree.structure(params)
     host = {name: np.asarray(x) for name, x in zip(names(params), leaves, strict=True)}
-    weights = perturbed(net, host, seed)
+    weights = perturbed(net, {n: x for n, x in host.items() if jnp.issubdtype(x.dtype, jnp.inexact)}, seed)
     random = np.random.default_rng(seed)
     with jax.enable_x64(True):
-        fixed = {name: _double(x) for name, x in host.items()}
+        fixed = {name: jnp.asarray(x) for name, x in host.items()}
         inputs = jax.tree.map(_double, args)
 
         def outputs(weights: Arrays) -> list[jax.Array]:

@@ -10,16 +10,20 @@ import dataclasses
 import random
 import re
 import sys
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map_only
+
+from gsgd.torch.memory import converted, held_tensors, shared_parameters
 
 OUT_OF_SIGHT = "it reads a value made out of sight: by TorchScript, vmap or an extension"
 # where torch keeps its kernels without values that are written in Python
@@ -40,14 +44,15 @@ def unwrap(model: nn.Module) -> tuple[nn.Module, dict[str, str]]:
 
 
 def copy_model(model: nn.Module, convert: Callable[[Tensor], Tensor]) -> nn.Module:
-    """A deep copy of `model` with every tensor `convert`ed on the way, so that nothing is held twice."""
-    memo: dict[int, Any] = {}
+    """A deep copy of `model` with every tensor `convert`ed on the way; what shares memory does so in the copy."""
     for module in model.modules():
-        for t in own_tensors(module):
-            if nn.parameter.is_lazy(t):
-                raise ValueError(f"{type(module).__name__} is lazy: run the model once before it is traced")
-            new = convert(t.detach())
-            memo[id(t)] = nn.Parameter(new, is_continuous(new)) if isinstance(t, nn.Parameter) else new
+        if any(map(nn.parameter.is_lazy, own_tensors(module))):
+            raise ValueError(f"{type(module).__name__} is lazy: run the model once before it is traced")
+    tensors = held_tensors(model)
+    memo: dict[int, Any] = dict(converted(tensors, convert))
+    for t in tensors:
+        if isinstance(t, nn.Parameter):
+            memo[id(t)] = nn.Parameter(memo[id(t)], is_continuous(memo[id(t)]))
     try:
         copied = copy.deepcopy(model, memo)
     except Exception as error:
@@ -74,13 +79,14 @@ def arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 @contextmanager
 def kept_random_states() -> Iterator[None]:
-    """What is drawn inside leaves torch's and Python's states as they were."""
-    state = random.getstate()
+    """What is drawn inside leaves torch's, Python's and NumPy's states as they were."""
+    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
     try:
         with torch.random.fork_rng(devices=[]):
             yield
     finally:
-        random.setstate(state)
+        random.setstate(python)
+        np.random.set_state(numpy)  # noqa: NPY002
 
 
 def output_tensors(out: Any) -> list[Tensor]:
@@ -114,9 +120,8 @@ def copy_without_values(model: nn.Module, names: Mapping[str, str]) -> tuple[nn.
     for module in ghost.modules():  # nothing goes backward here
         module._backward_hooks.clear()
         module._backward_pre_hooks.clear()
-    places = Counter(p.data_ptr() for p in model.parameters() if p.data_ptr())
-    alone = {name for name, p in model.named_parameters() if places[p.data_ptr()] <= 1}
-    return ghost, {id(p): names[name] for name, p in ghost.named_parameters() if name in alone}
+    shared = shared_parameters(model)
+    return ghost, {id(p): names[name] for name, p in ghost.named_parameters() if name not in shared}
 
 
 def count_reads(
@@ -124,6 +129,7 @@ def count_reads(
 ) -> tuple[tuple[Any, ...], dict[str, Any], Counter[int]]:
     """Arguments on which `ghost` runs, and how often it then reads every tensor (by identity)."""
     failure: Exception | None = None
+    first: tuple[tuple[Any, ...], dict[str, Any], _CountReads] | None = None
     for args, kwargs in [given] if given is not None else _guesses(ghost):
         mode = _CountReads(originals)
         try:
@@ -132,8 +138,22 @@ def count_reads(
             if _asks_for_values(error.__cause__):  # other inputs would not help
                 raise
             failure = failure or error
-        else:
+            continue
+        if given is not None:
             return args, kwargs, mode.reads
+        if first is None:
+            first = args, kwargs, mode
+            continue
+        if mode.calls != first[2].calls:
+            one, other = (tuple(x.shape) for x in (first[0][0], args[0]))
+            warnings.warn(
+                f"the model calls other functions on inputs of shape {one}, with which it was traced, than on those of "
+                f"{other}: pass example_inputs of the shape that it is trained on",
+                stacklevel=4,
+            )
+        break
+    if first is not None:
+        return first[0], first[1], first[2].reads
     if given is not None and failure is not None:
         raise failure
     reason = f" (the first that was tried: {failure})" if failure else ""
@@ -199,8 +219,8 @@ class Follow(TorchFunctionMode):
         model = copy.deepcopy(ghost, {id(p): p for p in ghost.parameters()})  # whatever a run leaves behind is dropped
         self.path: list[str] = []
         self.current = ""
+        self.enter(held_tensors(model))
         for name, module in model.named_modules():
-            self.enter(own_tensors(module))
             module.register_forward_pre_hook(lambda _module, _args, name=name: self.path.append(name))
             module.register_forward_hook(lambda _module, _args, out, name=name: self.leave(name, out))
         args, kwargs = tree_map_only(Tensor, self.start, (args, kwargs))
@@ -249,8 +269,10 @@ class _CountReads(Follow):
         super().__init__()
         self.originals = originals  # parameters of which `ghost` has copies
         self.reads: Counter[int] = Counter()
+        self.calls: list[str] = []
 
     def see(self, func: Callable[..., Any], args: Any, kwargs: Any, out: Any) -> None:
+        self.calls.append(name_of(func))
         reads = [id(t) for t in tensors_in((args, kwargs))]
         if not self.originals.isdisjoint(reads):
             raise ValueError("forward refers to the original model, by a closure: it must read parameters through self")

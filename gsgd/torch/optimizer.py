@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import warnings
 from collections import Counter
@@ -15,16 +14,15 @@ from array_api_compat import array_namespace
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from gsgd import reference
+from gsgd import layout, stages
 from gsgd.arrays import check_parameters
+from gsgd.coordinates import NAMES, Coordinates, ScaleName, check_scale, fingerprint, set_to_one
 from gsgd.network import BatchNormMode, Network, Residual
 from gsgd.optimizer import (
     MaxRatio,
-    ScaleName,
     Stats,
     check_clip_norm,
     check_max_ratio,
-    check_scale,
     check_threads,
     limit,
     usable_threads,
@@ -40,18 +38,6 @@ Tensors: TypeAlias = list[Tensor | None]
 
 _EXPECTED = "params: expected the model itself, or named parameters (model.named_parameters()) and network="
 _LEAVE_OUT = "leave_out: is for tracing a model; with network=, give gsgd.torch.trace(model, leave_out=...)"
-_ANCHOR = ("in_edges", "out_edges", "in_weights", "out_weights", "c")
-
-
-@dataclasses.dataclass(frozen=True)
-class _Anchor:
-    """The trees and the reference scale: of the weights at the first step."""
-
-    in_edges: NDArray[np.int64]
-    out_edges: NDArray[np.int64]
-    in_weights: NDArray[np.float64]
-    out_weights: NDArray[np.float64]
-    c: NDArray[np.float64]
 
 
 def _refuse_unsupported(name: str, p: Tensor) -> None:
@@ -132,16 +118,18 @@ class _Engine:
 class _CoreEngine(_Engine):
     """Steps by the C core, on NumPy views of CPU tensors that are made once."""
 
-    def __init__(self, net: Network, anchor: _Anchor, tensors: Mapping[str, Tensor]) -> None:
+    def __init__(self, net: Network, coordinates: Coordinates, tensors: Mapping[str, Tensor], plan: Any = None) -> None:
         super().__init__(net, tensors)
         views = {name: alias.numpy() for name, alias in zip(tensors, self.aliases, strict=True)}
         self.arrays = check_parameters(views, net, others=True)
         self.weights = list(self.arrays.values())
         self.layouts = [(p.stride(), p.shape, p.dtype) for p in self.aliases]
-        self.plan, _ = make_plan(net, self.arrays, "c")
-        self.trees = (anchor.in_edges, anchor.out_edges)
-        self.plan.set_trees(*self.trees)
-        self.plan.set_reference(anchor.in_weights, anchor.out_weights, anchor.c)
+        self.trees = coordinates.edges
+        if plan is None:
+            plan, _ = make_plan(net, self.arrays, "c")
+            plan.set_trees(*self.trees)
+        self.plan = plan
+        self.plan.set_reference(*coordinates.scale)
         self.approximates = any(b.batch_norm for b in net.blocks)
         self.addresses: list[list[int | None]] = []
         self.views: list[list[NDArray[Any] | None]] = []
@@ -201,16 +189,16 @@ class _CoreEngine(_Engine):
 
 
 class _ArrayEngine(_Engine):
-    """Steps by the three stages of gsgd.reference on the tensors' own device, without waiting for it.
+    """Steps by the three stages of gsgd.stages on the tensors' own device, without waiting for it.
 
     Where something is not finite nothing is written: telling the caller would mean waiting for the device.
     """
 
-    def __init__(self, net: Network, anchor: _Anchor, tensors: Mapping[str, Tensor]) -> None:
+    def __init__(self, net: Network, coordinates: Coordinates, tensors: Mapping[str, Tensor], plan: Any = None) -> None:
         super().__init__(net, tensors)
         self.arrays = dict(zip(tensors, self.aliases, strict=True))
         device = self.aliases[0].device
-        real = reference.real_type(array_namespace(*self.aliases), device)
+        real = layout.real_type(array_namespace(*self.aliases), device)
 
         def asarray(x: NDArray[Any]) -> Tensor:
             t = torch.from_numpy(np.ascontiguousarray(x))
@@ -219,13 +207,11 @@ class _ArrayEngine(_Engine):
         number = {name: i for i, name in enumerate(tensors)}
         shaped = {name: np.empty(p.shape, dtype=np.float32) for name, p in tensors.items()}
         _, blocks = make_plan(net, shaped, "reference")
-        tables = reference.tables(
-            net.num_units, [(number[b.name], b) for b in blocks], anchor.in_edges, anchor.out_edges
-        )
-        self.tables = reference.convert(tables, asarray)
-        self.in_edges = anchor.in_edges
-        scales = (np.append(x, 1.0) for x in (anchor.in_weights, anchor.out_weights, anchor.c))
-        self.scale = reference.Scale(*(asarray(x) for x in scales))
+        tables = layout.tables(net.num_units, [(number[b.name], b) for b in blocks], *coordinates.edges)
+        self.tables = layout.convert(tables, asarray)
+        self.in_edges = coordinates.in_edges
+        scales = (np.append(x, 1.0) for x in coordinates.scale)
+        self.scale = stages.Scale(*(asarray(x) for x in scales))
 
     def step(
         self,
@@ -241,7 +227,7 @@ class _ArrayEngine(_Engine):
         norm = None if norm is None else torch.cat((norm, torch.ones_like(norm[:1])))
         max_ratio, clip_norm = limits
         pairs = list(zip(*moments, strict=True))
-        new, new_pairs, solution = reference.step(
+        new, new_pairs, solution = stages.step(
             self.tables,
             self.scale,
             self.aliases,
@@ -296,6 +282,8 @@ class _PathOptimizer(torch.optim.Optimizer):
         self._threads = None if threads is None else check_threads(threads)
         named, network = named_network(params, network, example_inputs, leave_out, residual, batch_norm)
         self._engine: _CoreEngine | _ArrayEngine | None = None
+        self._plan: Any = None
+        self._seen: tuple[int, ...] = ()
         self._stats = Stats()
         super().__init__(named, defaults)
         tensors = self._tensors()
@@ -312,33 +300,34 @@ class _PathOptimizer(torch.optim.Optimizer):
         if not self.network.num_units:
             warnings.warn("no unit was found that can be rescaled: every step is a plain one", stacklevel=3)
         self._scale, self._rule = scale, rule
-        self._anchor, skeleton = self._find_anchor()  # refuses what makes no trees
+        skeleton = self._find_coordinates()  # refuses what makes no trees
         skeleton.warn_of_pinned()
         self._current_engine()  # refuses what no step can be taken on
         if scale == "ones":
             with torch.no_grad():
-                for edge in {*skeleton.in_edges, *skeleton.out_edges} - {None}:
-                    name, index = edge  # type: ignore[misc]
-                    tensors[name][index] = 1
+                set_to_one(skeleton, tensors)
 
-    def _find_anchor(self) -> tuple[_Anchor, Skeleton]:
-        """The trees and the reference scale of the weights as they are."""
-        arrays = {name: p.detach().cpu() for name, p in self._tensors().items()}
-        plain = {n: (a if a.dtype == torch.float64 else a.float()).numpy() for n, a in arrays.items()}
-        skeleton = Skeleton(self.network, plain, self._rule, _scaled=self._scale == "balanced")
-        ones = np.ones(self.network.num_units)
-        c = skeleton.balanced_scale(plain) if self._scale == "balanced" else ones
-        tree_weights = (ones, ones) if self._scale == "ones" else skeleton.tree_weights(plain)
-        return _Anchor(*skeleton.edge_arrays, *tree_weights, c), skeleton
+    def _values(self) -> dict[str, NDArray[Any]]:
+        """The weights as float32 or float64 arrays."""
+        tensors = {name: p.detach().cpu() for name, p in self._tensors().items()}
+        return {n: (a if a.dtype == torch.float64 else a.float()).numpy() for n, a in tensors.items()}
+
+    def _find_coordinates(self) -> Skeleton:
+        """Take the coordinates of the weights as they are."""
+        values = self._values()
+        skeleton = Skeleton(self.network, values, self._rule, balanced=self._scale == "balanced")
+        self._coordinates = Coordinates.of(skeleton, values, self._scale)
+        self._seen, self._plan, self._engine = fingerprint(values), skeleton.plan, None
+        return skeleton
 
     def _settle(self) -> None:
         """Before the first step: the trees and the scale of the weights as they are now.
 
         Since construction a checkpoint, or another process (DDP), may have replaced them.
         """
-        if self._stats.steps == 0 and self._scale != "ones":  # that one has made weights of its own
-            self._anchor, _ = self._find_anchor()
-            self._engine = None
+        # the scale "ones" has made weights of its own
+        if self._stats.steps == 0 and self._scale != "ones" and self._seen != fingerprint(self._values()):
+            self._find_coordinates()
 
     @property
     def stats(self) -> Stats:
@@ -375,7 +364,8 @@ class _PathOptimizer(torch.optim.Optimizer):
                 raise ValueError(f"parameter {name!r} was removed from its group: make a new optimizer")
         return {n: tensors[n] for n in (*known, *(n for n in tensors if n not in known))}
 
-    def _make_engine(self, anchor: _Anchor) -> _CoreEngine | _ArrayEngine:
+    def _make_engine(self, coordinates: Coordinates, plan: Any = None) -> _CoreEngine | _ArrayEngine:
+        """An engine for the parameters as they are now; `plan`, if given, has their trees."""
         tensors = self._tensors()
         devices = {p.device for p in tensors.values()}
         if len(devices) > 1:
@@ -383,13 +373,14 @@ class _PathOptimizer(torch.optim.Optimizer):
         in_core = devices == {torch.device("cpu")} and all(
             p.dtype in (torch.float32, torch.float64) for p in tensors.values()
         )
-        return (_CoreEngine if in_core else _ArrayEngine)(self.network, anchor, tensors)
+        return (_CoreEngine if in_core else _ArrayEngine)(self.network, coordinates, tensors, plan)
 
     def _current_engine(self) -> _CoreEngine | _ArrayEngine:
         engine = self._engine
         count = sum(len(g["params"]) for g in self.param_groups)
         if engine is None or count != len(engine.params) or not engine.is_current():
-            engine = self._engine = self._make_engine(self._anchor)
+            plan, self._plan = self._plan, None
+            engine = self._engine = self._make_engine(self._coordinates, plan)
             group_of = {p: i for i, g in enumerate(self.param_groups) for p in g["params"]}
             self._group_of = [group_of[p] for p in engine.params]
             for p in engine.params:
@@ -468,8 +459,8 @@ class _PathOptimizer(torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """As of every optimizer, and under "gsgd" the skeleton and the reference scale."""
         state = super().state_dict()
-        anchor = {name: torch.from_numpy(getattr(self._anchor, name).copy()) for name in _ANCHOR}
-        state["gsgd"] = {**anchor, "steps": self._stats.steps, "clamped": int(self._stats.clamped)}
+        coordinates = {name: torch.from_numpy(x) for name, x in self._coordinates.save().items()}
+        state["gsgd"] = {**coordinates, "steps": self._stats.steps, "clamped": int(self._stats.clamped)}
         return state
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -491,32 +482,30 @@ class _PathOptimizer(torch.optim.Optimizer):
         if held and not {self.moments[1]} - {""} <= held <= {*self.moments}:
             raise ValueError(f"state_dict: of another method than {type(self).__name__}: it has {sorted(held)}")
         given = state_dict.get("gsgd")
-        anchor = self._anchor
+        coordinates = self._coordinates
         if "gsgd" in state_dict:
-            if not isinstance(given, Mapping) or not given.keys() >= {*_ANCHOR, "steps", "clamped"}:
+            if not isinstance(given, Mapping) or not given.keys() >= {*NAMES, "steps", "clamped"}:
                 raise ValueError('state_dict: "gsgd" does not hold the skeleton and the reference scale')
-            anchor = _Anchor(*(given[name].numpy(force=True).copy() for name in _ANCHOR))
-            for name in _ANCHOR:
-                expected, got = getattr(self._anchor, name).shape, getattr(anchor, name).shape
-                if expected != got:
-                    raise ValueError(f"state_dict: {name!r} of shape {got}, expected {expected}: of another network")
+            arrays = {name: given[name].numpy(force=True) for name in NAMES}
+            coordinates = Coordinates.load(arrays, self.network.num_units)
         elif held and self.network.num_units:
             warnings.warn(
                 'state_dict has moments but no "gsgd": it is of another optimizer, or was saved without the skeleton, '
                 "and its moments are of other coordinates",
                 stacklevel=2,
             )
-        self._make_engine(anchor)  # refuses what are no trees
+        self._make_engine(coordinates)  # refuses what are no trees
         names = [g["param_names"] for g in self.param_groups]
         super().load_state_dict({k: v for k, v in state_dict.items() if k != "gsgd"})
         for group, own in zip(self.param_groups, names, strict=True):
             group["param_names"] = own  # those in the state may be of a wrapped model
-        self._anchor, self._engine = anchor, None
+        self._coordinates, self._engine = coordinates, None
+        self._plan, self._seen = None, ()
         if given is not None:
             self._stats = Stats(given["steps"], given["clamped"])
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = ("network", "_anchor", "_scale", "_rule", "_max_ratio", "_clip_norm", "_threads")
+        kept = ("network", "_coordinates", "_scale", "_rule", "_max_ratio", "_clip_norm", "_threads")
         return {**super().__getstate__(), **{name: getattr(self, name) for name in kept}, "_stats": self.stats}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -525,7 +514,7 @@ class _PathOptimizer(torch.optim.Optimizer):
         for group in self.param_groups:
             for name, value in self.defaults.items():
                 group.setdefault(name, value)
-        self._engine = None
+        self._engine, self._plan, self._seen = None, None, ()
 
 
 class GSGD(_PathOptimizer):

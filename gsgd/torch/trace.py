@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping
+import warnings
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -86,6 +87,11 @@ def trace(
         Names of modules whose outputs are pinned: chains end there. With ``("layer1", "layer2")`` every stage of a
         residual network has chains of its own.
 
+    Warns
+    -----
+    UserWarning
+        A trainable parameter was not read, and is not in `leave_out`.
+
     Raises
     ------
     ValueError
@@ -117,14 +123,29 @@ def trace(
     args, kwargs, reads = count_reads(ghost, given, {id(p) for p in inner.parameters()})
     describe = _Describe(residual, batch_norm, parameters, reads, ends)
     describe.follow(ghost, args, kwargs)
-    alone = set(parameters.values())
+    alone, ids = set(parameters.values()), {name: i for i, name in parameters.items()}
     net = describe.net.without([name for name in left_out if name in describe.net.shapes], "left out")
     net.add_plain(left_out, "left out")
     for name in names.values():
         if name not in net.shapes:
             read = describe.reasons.get(name, "not read by the forward pass")
             net.add_plain([name], read if name in alone else "shares its memory with another")
+    trained = {name for name, p in model.named_parameters() if p.requires_grad} - set(left_out)
+    warn_of_unread([name for name in parameters.values() if name in trained and reads[ids[name]] == 0])
     return net
+
+
+def warn_of_unread(names: Sequence[str]) -> None:
+    """Say that the pass which was followed did not read these parameters."""
+    if names:
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        warnings.warn(
+            f"the traced forward pass did not read {', '.join(names[:3])}{more}. If other passes do (layer drop, "
+            "stochastic depth, a branch on a size or on self.training), the network is wrong for these: trace the "
+            "model with the dropping switched off and inputs as in training, and pass network=. If none does, name "
+            "them in leave_out, or freeze them",
+            stacklevel=3,
+        )
 
 
 class _Describe(Follow):
@@ -310,10 +331,83 @@ class _Describe(Follow):
         channels = self.on.read(self.nodes(x), 1)
         if self.batch_norm != "exact" and not self.net.is_written(channels):
             raise NotUnderstood("no layer is right before it")
-        if weight is not None and self.described(weight) is None:
-            self.on.pin(self.nodes(weight), f"{self.current}: as its weight")
+        self.pin_computed(weight)
         y = self.net.batch_norm(channels, self.described(weight), self.described(bias), self.batch_norm)
         return self.written(y, bias, 1, out)
+
+    def pin_computed(self, weight: Tensor | None) -> None:
+        if weight is not None and self.described(weight) is None:
+            self.on.pin(self.nodes(weight), f"{self.current}: as its weight")
+
+    def affine(self, out: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, dim: int) -> Nodes:
+        """What a normalization over more than single channels does to these."""
+        if any(t is not None and t.ndim != 1 for t in (weight, bias)):
+            raise NotUnderstood("of more than one axis")
+        self.pin_computed(weight)
+        y = self.net.norm(self.on.read(self.nodes(x), dim), self.described(weight), self.described(bias))
+        return self.written(y, bias, dim, out)
+
+    def layer_norm(
+        self,
+        out: Tensor,
+        x: Tensor,
+        normalized_shape: Any,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        *_: Any,
+        **options: Any,
+    ) -> Nodes:
+        return self.affine(out, x, weight, bias, -1)
+
+    def rms_norm(
+        self, out: Tensor, x: Tensor, normalized_shape: Any, weight: Tensor | None = None, eps: float | None = None
+    ) -> Nodes:
+        return self.affine(out, x, weight, None, -1)
+
+    def group_norm(
+        self,
+        out: Tensor,
+        x: Tensor,
+        num_groups: int,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        *_: Any,
+        **options: Any,
+    ) -> Nodes:
+        return self.affine(out, x, weight, bias, 1)
+
+    def matmul(self, out: Tensor, a: Tensor, other: Tensor) -> Nodes:
+        if a.ndim < 2 or other.ndim < 2:
+            raise NotUnderstood("by a vector")
+        name = self.described(other)
+        if name is not None and other.ndim == 2 and other.numel():
+            features = self.on.read_flattened(self.nodes(a), -1)
+            return self.written(self.net.dense(name, features, other.shape[1], layout="io"), None, -1, out)
+        batch = tuple(out.shape[:-2])
+        factors = [np.broadcast_to(self.nodes(t), (*batch, *t.shape[-2:])) for t in (a, other)]
+        n = len(batch)
+        summed, same = ((n + 1,), (n,)), (range(n), range(n))
+        return self.on.matmul(out.shape, (factors[0], factors[1]), summed, same, "by a feature")
+
+    def attention(
+        self,
+        out: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        *_: Any,
+        enable_gqa: bool = False,
+        **options: Any,
+    ) -> Nodes:
+        """Sums of values over positions, whose weights are pinned."""
+        for t in (query, key, attn_mask):
+            if t is not None:
+                self.on.pin(self.nodes(t), f"{self.current}: as its weights")
+        nodes = self.on.one(self.nodes(value), [value.ndim - 2])
+        if enable_gqa:
+            nodes = np.repeat(nodes, query.shape[-3] // value.shape[-3], axis=-3)
+        return np.broadcast_to(nodes, out.shape)
 
     def same(self, out: Any, x: Tensor, *_: Any, **options: Any) -> Nodes:
         return self.nodes(x)
@@ -486,9 +580,14 @@ RULES: dict[str, Rule] = {
     "batch_norm": _normalized,
     **dict.fromkeys((f"conv{n}d" for n in (1, 2, 3)), _made(_Describe.convolution)),
     **dict.fromkeys((f"conv_transpose{n}d" for n in (1, 2, 3)), _made(_Describe.transposed_convolution)),
+    "group_norm": _made(_Describe.group_norm),
+    "layer_norm": _made(_Describe.layer_norm),
     "linear": _made(_Describe.linear),
+    **dict.fromkeys(("__matmul__", "bmm", "matmul", "mm"), _made(_Describe.matmul)),
     "pad": _made(_Describe.pad),
     "prelu": _made(_Describe.prelu),
+    "rms_norm": _made(_Describe.rms_norm),
+    "scaled_dot_product_attention": _made(_Describe.attention),
     **dict.fromkeys(("interpolate", "upsample"), _made(_Describe.interpolate)),
     **dict.fromkeys(("amax", "amin", "mean", "sum"), _made(_Describe.reduce)),
     **dict.fromkeys(("max", "maximum", "min", "minimum"), _made(_Describe.extremum)),

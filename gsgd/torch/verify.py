@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import copy
-import random
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -17,8 +16,18 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
 from gsgd.network import Network
-from gsgd.symmetry import Arrays, Probe, check, perturbed
-from gsgd.torch.trace import arguments, copy_model, kept_random_states, output_tensors, unwrap
+from gsgd.symmetry import Arrays, Probe, check, perturbed, random_states, seeded
+from gsgd.torch.follow import (
+    arguments,
+    copy_model,
+    is_continuous,
+    kept_random_states,
+    output_tensors,
+    tensors_in,
+    unwrap,
+)
+
+_SEEDS = 8  # that are tried of a model that draws random numbers
 
 
 def verify(
@@ -29,7 +38,8 @@ def verify(
     Every unit is rescaled by a random factor, log-uniform in [1/2, 2]: the outputs must stay the same in evaluation
     and in training mode. And for every unit the sums of weight times gradient over its in-edges and over its
     out-edges must be equal (METHOD.md, section 2), for a random linear functional of the outputs. Both are tried at
-    weights a tenth away from the model's, for zeros (biases, zero-initialised gammas) would hide what is wrong.
+    weights a tenth away from the model's, described or not, for zeros (biases, zero-initialised gammas) would hide what
+    is wrong.
 
     Parameters
     ----------
@@ -40,7 +50,8 @@ def verify(
     example_inputs : tensor, tuple of positional or dict of keyword arguments
         Inputs with values; a batch that batch normalization accepts.
     seed : int
-        Of the factors, the functional, and the random numbers of the model (torch's and Python's).
+        Of the factors, the functional, and the random numbers of the model (torch's, Python's and NumPy's). A model
+        that takes other ways by these is tried with several seeds.
 
     Raises
     ------
@@ -48,81 +59,131 @@ def verify(
         It names the layers whose units break the symmetry, and how much.
     ValueError
         `net` names parameters that the model lacks, or of another shape; it is an approximation ("paper",
-        "released"); the model does not run in float64 on the CPU; or its outputs are not finite.
+        "released"); the model does not run in float64 on the CPU; its outputs are not finite, or differ between two
+        runs on the same weights; or its forward reads the original's parameters (by a closure).
     """
     if not isinstance(net, Network):
         raise TypeError(f"net: expected a gsgd.Network, got {type(net).__name__}")
-    copied = _Copy(model, example_inputs, seed)
+    copied = _Copy(model, example_inputs)
     parameters = dict(copied.model.named_parameters())
-    weights = perturbed(net, {outer: parameters[name].detach() for outer, name in copied.inner.items()}, seed)
-    modes = (("in evaluation, ", False), ("in training, ", True))
-    check(net, weights, [Probe(m, partial(copied.values, on), partial(copied.gradients, on)) for m, on in modes], seed)
+    inner = {outer: parameters[name].detach() for outer, name in copied.inner.items()}
+    weights = perturbed(net, {name: p.numpy() for name, p in inner.items() if is_continuous(p)}, seed)
+    probes = []
+    for mode, training in (("in evaluation, ", False), ("in training, ", True)):
+        for s in copied.seeds(training, weights, seed):
+            run = (training, s)
+            probes.append(Probe(mode, partial(copied.values, *run), partial(copied.gradients, *run)))
+    check(net, weights, probes, seed)
+
+
+@dataclass(frozen=True)
+class _Run:
+    """A copy of the model, what it returned, the torch functions it called, and whether it drew random numbers."""
+
+    model: nn.Module
+    outputs: list[Tensor]
+    calls: list[str]
+    drew: bool
 
 
 class _Copy:
-    """A float64 copy of a model as a function of the described parameters."""
+    """A copy of a model in double precision, as a function of its parameters."""
 
-    def __init__(self, model: nn.Module, example_inputs: Any, seed: int) -> None:
+    def __init__(self, model: nn.Module, example_inputs: Any) -> None:
         inner, names = unwrap(model)
-        self.seed = seed
         self.model = copy_model(inner, _double)
+        self.originals = {t.untyped_storage().data_ptr() for t in inner.parameters()} - {0}
         self.inner = {outer: name for name, outer in names.items()}
         self.inputs = arguments(example_inputs)
 
-    def run(self, weights: Arrays, training: bool) -> tuple[nn.Module, list[Tensor]]:
-        """A copy with `weights`, and what it returns; random numbers are the same in every call, buffers keep values.
+    def run(self, training: bool, seed: int, weights: Arrays) -> _Run:
+        """Run with `weights`; random numbers are the same for the same seed, buffers keep their values.
 
         A copy, since backward may run a part of the module again (activation checkpointing).
         """
-        model = copy.deepcopy(self.model).train(training)
-        model.load_state_dict({self.inner[n]: torch.as_tensor(w) for n, w in weights.items()}, strict=False)
-        with kept_random_states(), torch.compiler.set_stance("force_eager"), _in_double():
-            torch.manual_seed(self.seed)
-            random.seed(self.seed)
+        model = copy_model(self.model, Tensor.clone).train(training)
+        parameters = dict(model.named_parameters())
+        with torch.no_grad():
+            for name, w in weights.items():
+                parameters[self.inner[name]].copy_(torch.as_tensor(w))
+        watch = _Widen(self.originals)
+        with kept_random_states(), seeded(seed), torch.compiler.set_stance("force_eager"), _in_double(watch):
+            torch.manual_seed(seed)
+            before = _states()
             try:
                 args, kwargs = tree_map_only(Tensor, _double, self.inputs)
                 out = model(*args, **kwargs)
+            except _ReadsOriginal as error:
+                raise ValueError(str(error)) from None
             except Exception as error:
                 mode = "training" if training else "evaluation"
                 raise ValueError(
                     f"a copy of the model does not run in float64 on the CPU, in {mode} ({type(error).__name__}: "
                     f"{error}): give inputs that fit, and let it take dtypes and devices from these or its parameters"
                 ) from error
-        return model, output_tensors(out)
+            return _Run(model, output_tensors(out), watch.calls, _states() != before)
 
-    def values(self, training: bool, weights: Arrays) -> list[NDArray[Any]]:
+    def seeds(self, training: bool, weights: Arrays, seed: int) -> list[int]:
+        """One for every sequence of calls that some seeds find in a model that draws random numbers."""
+        ways: dict[tuple[str, ...], int] = {}
+        for s in range(seed, seed + _SEEDS):
+            run = self.run(training, s, weights)
+            ways.setdefault(tuple(run.calls), s)
+            if not run.drew:
+                break
+        return list(ways.values())
+
+    def values(self, training: bool, seed: int, weights: Arrays) -> list[NDArray[Any]]:
         """The outputs as NumPy arrays."""
-        return [y.detach().numpy() for y in self.run(weights, training)[1]]
+        return [y.detach().resolve_conj().resolve_neg().numpy() for y in self.run(training, seed, weights).outputs]
 
-    def gradients(self, training: bool, weights: Arrays) -> Arrays:
+    def gradients(self, training: bool, seed: int, weights: Arrays) -> Arrays:
         """Of a random linear functional of the outputs; 0 if they have none."""
-        model, returned = self.run(weights, training)
-        generator = torch.Generator().manual_seed(self.seed)
-        outputs = [y for y in returned if y.requires_grad]
+        run = self.run(training, seed, weights)
+        generator = torch.Generator().manual_seed(seed)
+        outputs = [y for y in run.outputs if y.requires_grad]
         functional = [torch.randn(y.shape, generator=generator, dtype=y.dtype) for y in outputs]
-        with _in_double():  # checkpointed parts run again
+        with _in_double(_Widen(self.originals)):  # checkpointed parts run again
             torch.autograd.backward(outputs, functional)
-        parameters = dict(model.named_parameters())
+        parameters = dict(run.model.named_parameters())
         found = {n: parameters[self.inner[n]].grad for n in weights}
         return {n: np.zeros_like(weights[n]) if g is None else g.numpy() for n, g in found.items()}
 
 
+class _ReadsOriginal(Exception):
+    pass
+
+
 class _Widen(TorchFunctionMode):
-    """Whatever type of real numbers a model asks for, it gets float64."""
+    """Whatever type of real numbers a model asks for, it gets float64. The calls that are seen are listed.
+
+    `originals` are the addresses of memory that a copy must not read.
+    """
+
+    def __init__(self, originals: set[int]) -> None:
+        super().__init__()
+        self.originals = originals
+        self.calls: list[str] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in (Tensor.float, Tensor.half, Tensor.bfloat16):
             func = Tensor.double
+        self.calls.append(getattr(func, "__name__", repr(func)))
+        if any(_place(t) in self.originals for t in tensors_in((args, kwargs or {}))):
+            raise _ReadsOriginal(
+                "forward refers to the original model, by a closure or a global name: it must read parameters, and "
+                "views of them, through self"
+            )
         args, kwargs = tree_map_only(torch.dtype, _wide, (args, kwargs or {}))
         return func(*args, **kwargs)
 
 
 @contextmanager
-def _in_double() -> Iterator[None]:
+def _in_double(mode: TorchFunctionMode) -> Iterator[None]:
     default = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     try:
-        with _Widen():
+        with mode:
             yield
     finally:
         torch.set_default_dtype(default)
@@ -133,4 +194,13 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 
 
 def _double(t: Tensor) -> Tensor:
-    return t.detach().cpu().to(torch.float64 if t.is_floating_point() else t.dtype, copy=True)
+    return t.detach().cpu().to(_wide(t.dtype), copy=True)
+
+
+def _place(t: Tensor) -> int:
+    """Where its memory begins; 0 for none."""
+    return t.untyped_storage().data_ptr() if t.layout is torch.strided and not t.is_meta else 0
+
+
+def _states() -> tuple[object, ...]:
+    return *random_states(), torch.random.get_rng_state().numpy().tobytes()

@@ -1,11 +1,11 @@
-"""The reference needs nothing but the array API standard."""
+"""The stages need nothing but the array API standard."""
 
 import array_api_strict as xp
 import numpy as np
 import pytest
 
 import gsgd
-from gsgd import reference
+from gsgd import layout, stages
 from gsgd.rates import Rates
 
 
@@ -26,13 +26,13 @@ def test_a_step_on_strict_arrays_is_the_core_s(net: gsgd.Network) -> None:
     skeleton = gsgd.Skeleton(net, params)
     number = {name: i for i, name in enumerate(params)}
     blocks = [(number[b.name], b) for b in net.blocks]
-    tables = reference.convert(reference.tables(net.num_units, blocks, *skeleton.edge_arrays), xp.asarray)
+    tables = layout.convert(layout.tables(net.num_units, blocks, *skeleton.edge_arrays), xp.asarray)
     reference_scale = (*skeleton.tree_weights(params), np.ones(net.num_units))
-    scale = reference.Scale(*(xp.asarray(np.append(x, 1.0)) for x in reference_scale))
+    scale = stages.Scale(*(xp.asarray(np.append(x, 1.0)) for x in reference_scale))
     weights, gradients = ([xp.asarray(x.copy()) for x in arrays.values()] for arrays in (params, grads))
     rates = [Rates(lr=0.01, momentum=0.9, weight_decay=1e-3, nesterov=True)] * len(params)
     moments = [(xp.zeros_like(w), None) for w in weights]
-    new, _, solution = reference.step(tables, scale, weights, gradients, gradients, None, moments, rates, 10.0, 1.0)
+    new, _, solution = stages.step(tables, scale, weights, gradients, gradients, None, moments, rates, 10.0, 1.0)
 
     opt = gsgd.GSGD(params, net, lr=0.01, momentum=0.9, weight_decay=1e-3, nesterov=True, scale="initial")
     opt.step(grads)
