@@ -138,7 +138,7 @@ def signs(scale: Scale, folder: Path) -> Tasks:
         "SGD, ones start": METHODS["SGD, ones start"],
         "SGD, random signs": Method("signs", "SGD"),
         "G-SGD ones (paper)": METHODS["G-SGD ones (paper)"],
-        "G-SGD random signs": Method("signs", "G-SGD", {"scale": "initial", **PAPER}),
+        "G-SGD random signs": Method("signs", "G-SGD", {"scale": "initial", "max_ratio": None, **PAPER}),
     }
     data = pooled_fashion(scale, folder)
     dense: Tasks = {f"49-{h}-{h}-10": (mlp_task(data, (h, h)), methods) for h in scale.widths}
