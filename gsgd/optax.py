@@ -126,7 +126,7 @@ class State(NamedTuple):
 def gsgd(
     learning_rate: Schedule,
     network: Network,
-    momentum: Number = 0.0,
+    momentum: Number | None = 0.0,
     nesterov: bool = False,
     weight_decay: Number = 0.0,
     scale: ScaleName = "balanced",
@@ -150,6 +150,7 @@ def gsgd(
     ValueError, TypeError
         Hyperparameters are not as they should be; or, in `init`, names, shapes or dtypes of the parameters.
     """
+    momentum = 0.0 if momentum is None else momentum
     options = {"momentum": momentum, "nesterov": nesterov, "weight_decay": weight_decay}
     _check(sgd, {"lr": learning_rate, **options})
 
@@ -198,7 +199,7 @@ def grmsprop(
     decay: Number = 0.9,
     eps: Number = 1e-8,
     weight_decay: Number = 0.0,
-    momentum: Number = 0.0,
+    momentum: Number | None = 0.0,
     scale: ScaleName = "balanced",
     rule: Rule = "modulo",
     max_ratio: Number | Literal["auto"] | None = "auto",
@@ -213,6 +214,7 @@ def grmsprop(
     decay, eps, weight_decay, momentum
         ``alpha=decay`` and the others of `gsgd.GRMSprop`.
     """
+    momentum = 0.0 if momentum is None else momentum
     options = {"eps": eps, "weight_decay": weight_decay, "momentum": momentum}
     _check(lambda decay, **o: rmsprop(alpha=decay, **o), {"lr": learning_rate, "decay": decay, **options})
 

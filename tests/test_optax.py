@@ -479,3 +479,15 @@ def test_the_example_runs() -> None:
 def test_gsgd_alone_does_not_import_jax() -> None:
     code = "import sys, gsgd; sys.exit('jax' in sys.modules or 'optax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("make", [gopt.gsgd, gopt.grmsprop])
+def test_no_momentum_is_none(make: Any) -> None:
+    """As Optax's own defaults have it."""
+    params = {n: jnp.array(w) for n, w in everything().copy().items()}
+    grads = jax.tree.map(jnp.ones_like, params)
+    results = []
+    for momentum in (None, 0.0):
+        tx = make(0.1, everything().net, momentum=momentum)
+        results.append(tx.update(grads, tx.init(params), params)[0])
+    assert_close(*results, rtol=0, atol=0)

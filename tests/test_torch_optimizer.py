@@ -1249,3 +1249,40 @@ def test_a_plan_and_a_balanced_scale_are_made_once(rule: str, monkeypatch: pytes
     made.clear()
     opt.step()
     assert sorted(made) == ["balanced_scale", "make_plan"]
+
+
+def test_gradients_with_the_negative_bit(engine: str) -> None:
+    """Autograd may hand out views that are to be read with the other sign."""
+    models = [Net(), Net()]
+    for model, negative in zip(models, (False, True), strict=True):
+        opt = make(model)
+        for seed, p in enumerate(model.parameters()):
+            g = torch.randn(p.shape, generator=torch.Generator().manual_seed(seed)).to(p)
+            p.grad = torch._neg_view(-g) if negative else g
+        opt.step()
+    assert_same(models[0], weights(models[1]))
+
+
+def test_state_is_matched_by_names(engine: str) -> None:
+    """Parameters of equal shapes in another order keep their own momentum; other names are refused."""
+
+    def resumed(order: int) -> nn.Module:
+        torch.manual_seed(0)
+        model = nn.Sequential(*(nn.Linear(6, 6, bias=False) for _ in range(3)))
+        net = trace(model, torch.rand(1, 6))
+        opt = GSGD(list(model.named_parameters()), 0.1, 0.9, network=net)
+        x = torch.rand(8, 6)
+        for step in range(4):
+            if step == 2:
+                state = opt.state_dict()
+                opt = GSGD(list(model.named_parameters())[::order], 0.1, 0.9, network=net)
+                opt.load_state_dict(state)
+            opt.zero_grad()
+            model(x).square().mean().backward()
+            opt.step()
+        state["param_groups"][0]["param_names"] = ["a", "b", "c"]
+        with pytest.raises(ValueError, match="is in one only"):
+            opt.load_state_dict(state)
+        return model
+
+    assert_same(resumed(1), weights(resumed(-1)))

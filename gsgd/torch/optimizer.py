@@ -85,6 +85,25 @@ def named_network(
     return params, network
 
 
+def _in_order_of(group: dict[str, Any], names: list[str]) -> dict[str, Any]:
+    """A group of a state dict with its parameters in the order of `names`; those of wrapped models are the same."""
+    saved = [_unwrapped(name) for name in group.get("param_names", ())]
+    own = [_unwrapped(name) for name in names]
+    if not saved or saved == own or len(saved) != len(own):  # torch itself tells of another number
+        return group
+    if sorted(saved) != sorted(own):
+        name = next(iter({*saved} ^ {*own}))
+        raise ValueError(
+            f"state_dict: expected the parameters of this group, {own[:3]}..., and {name!r} is in one only"
+        )
+    return {**group, "params": [group["params"][saved.index(name)] for name in own], "param_names": names}
+
+
+def _unwrapped(name: str) -> str:
+    """The name without what DistributedDataParallel and torch.compile put before it."""
+    return ".".join(part for part in name.split(".") if part not in ("module", "_orig_mod"))
+
+
 class _Engine:
     """The parameters in the order of `tensors`, with tensors that share their memory as it is now."""
 
@@ -177,15 +196,15 @@ class _CoreEngine(_Engine):
     def addresses_of(self, gradients: Tensors) -> Any:
         """Addresses will do where all gradients are laid out as their parameters."""
         if all(
-            g is None or (g.stride() == stride and g.shape == shape and g.dtype is dtype)
+            g is None or (g.stride() == stride and g.shape == shape and g.dtype is dtype and not g.is_neg())
             for g, (stride, shape, dtype) in zip(gradients, self.layouts, strict=True)
         ):
             return np.array([0 if g is None else g.data_ptr() for g in gradients], dtype=np.uintp)
-        return [None if g is None else g.numpy() for g in gradients]
+        return [None if g is None else g.resolve_neg().numpy() for g in gradients]
 
     def as_arrays(self, gradients: Tensors) -> list[NDArray[Any] | None]:
         """NumPy views of gradients."""
-        return [None if g is None else g.numpy() for g in self.checked(gradients)]
+        return [None if g is None else g.resolve_neg().numpy() for g in self.checked(gradients)]
 
 
 class _ArrayEngine(_Engine):
@@ -476,7 +495,8 @@ class _PathOptimizer(torch.optim.Optimizer):
         Raises
         ------
         ValueError
-            The state is of another method, or its "gsgd" is incomplete or of another network. Nothing has changed.
+            The state is of another method or of other parameters, or its "gsgd" is incomplete or of another network.
+        Nothing has changed. Parameters are matched by their names, where the state has any.
         """
         held = {n for s in state_dict["state"].values() for n, x in s.items() if isinstance(x, Tensor)} - {"step"}
         if held and not {self.moments[1]} - {""} <= held <= {*self.moments}:
@@ -496,7 +516,9 @@ class _PathOptimizer(torch.optim.Optimizer):
             )
         self._make_engine(coordinates)  # refuses what are no trees
         names = [g["param_names"] for g in self.param_groups]
-        super().load_state_dict({k: v for k, v in state_dict.items() if k != "gsgd"})
+        matched = {k: v for k, v in state_dict.items() if k != "gsgd"}
+        matched["param_groups"] = list(map(_in_order_of, state_dict["param_groups"], names))
+        super().load_state_dict(matched)
         for group, own in zip(self.param_groups, names, strict=True):
             group["param_names"] = own  # those in the state may be of a wrapped model
         self._coordinates, self._engine = coordinates, None
