@@ -29,11 +29,9 @@ from gsgd.torch.follow import (
     OUT_OF_SIGHT,
     Follow,
     arguments,
-    copy_model,
     copy_without_values,
     count_reads,
     is_continuous,
-    kept_random_states,
     name_of,
     output_tensors,
     own_tensors,
@@ -42,8 +40,6 @@ from gsgd.torch.follow import (
 )
 from gsgd.trace.names import match
 from gsgd.trace.nodes import Algebra, Nodes, NotUnderstood, along, compact, expanded
-
-__all__ = ["arguments", "copy_model", "kept_random_states", "output_tensors", "trace", "unwrap"]
 
 # fmt: off
 # what they draw differs from pass to pass
