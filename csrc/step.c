@@ -8,6 +8,7 @@
 #include "parallel.h"
 #include "plan.h"
 
+#include <float.h>
 #include <math.h>
 #include <string.h>
 
@@ -369,9 +370,21 @@ static int solve_chain(job *j, int64_t v) {
         return 0;
     j->clamped += r != plan->ratio[v];
     plan->in_w[v] *= plan->ratio[v] * plan->inv_rho[plan->in_unit[v]];
+    if (b->type == GSGD_FLOAT32 && fabs(plan->in_w[v]) > FLT_MAX)
+        return 0;
     plan->new_m[v] = m1;
     plan->new_v[v] = m2;
     return 1;
+}
+
+/* A unit one of whose factors is finite, but not in float32; or -1. */
+static int64_t overflow(const gsgd_plan *plan) {
+    const double *factor[] = {plan->a, plan->b, plan->inv_a, plan->inv_b, plan->inv_rho};
+    for (int i = 0; i < 5; ++i)
+        for (int64_t v = 0; v < plan->units; ++v)
+            if (plan->active[v] && fabs(factor[i][v]) > FLT_MAX)
+                return v;
+    return -1;
 }
 
 static gsgd_status solve(job *j) {
@@ -394,6 +407,11 @@ static gsgd_status solve(job *j) {
             return GSGD_NOT_FINITE;
         }
     }
+    int single = 0;
+    for (ptrdiff_t k = 0; k < plan->blocks; ++k)
+        single |= plan->block[k].type == GSGD_FLOAT32;
+    if (single && (j->unit = overflow(plan)) >= 0)
+        return GSGD_NOT_FINITE;
     for (ptrdiff_t k = 0; k < plan->blocks; ++k) {
         block *b = &plan->block[k];
         int decays = j->options->rates[b->array].weight_decay != 0;

@@ -136,6 +136,9 @@ class Plan:
             x = solution.a * solution.b
             good = np.isfinite(x) & (x != 0) & np.isfinite(solution.m) & np.isfinite(solution.v)
             good &= np.isfinite(solution.ratio) & (solution.ratio != 0)
+            largest = min(np.finfo(w.dtype).max for w in weights)
+            for factor in (solution.a, solution.b, solution.ratio):
+                good &= (1 / largest <= np.abs(factor)) & (np.abs(factor) <= largest)
             raise FloatingPointError(int(np.argmin(good)))
         new_m, new_v = zip(*moments, strict=True)
         for old, value in zip([*weights, *m, *v], [*new, *new_m, *new_v], strict=True):

@@ -126,6 +126,9 @@ def solve(
     finite = xp.isfinite(clip)
     for values in (r, 1 / ratio, x, 1 / x):
         finite = finite & xp.all(xp.isfinite(values))
+    factors = xp.concat([a, b, 1 / a, 1 / b, 1 / ratio])
+    for dtype in {w.dtype for w in weights} - {factors.dtype}:  # they may overflow there
+        finite = finite & xp.all(xp.isfinite(xp.astype(factors, dtype)))
     return Solution(a, b, ratio, ratio[t.root], m, v, clip, xp.count_nonzero(r != ratio), finite)
 
 

@@ -375,3 +375,16 @@ def test_depth_where_products_underflow(backend: str) -> None:
     for single, double in zip(results[0].values(), results[1].values(), strict=True):
         assert (double != 0).all()
         np.testing.assert_allclose(single, double, rtol=2e-5)
+
+
+def test_a_factor_that_overflows_in_float32(backend: str) -> None:
+    """1 / A of a unit is 1e40, which float32 does not hold: an error, and nothing is written."""
+    net = gsgd.Network()
+    net.output(net.dense("out", net.relu(net.dense("in", net.input(1), 1)), 1))
+    params = {"in": np.full((1, 1), 1e-42, np.float32), "out": np.full((1, 1), 1e38, np.float32)}
+    before = {name: w.copy() for name, w in params.items()}
+    opt = gsgd.GSGD(params, net, lr=1e-30, backend=backend)
+    with pytest.raises(FloatingPointError, match=r"in\[0\]"):
+        opt.step({name: np.ones_like(w) for name, w in params.items()})
+    for name, w in params.items():
+        np.testing.assert_array_equal(w, before[name])
