@@ -296,7 +296,7 @@ class GSGD(_PathOptimizer):
         fork takes its steps with one.
     max_ratio : float or None or "auto"
         Limits the magnitude of path ratios R to ``[1 / max_ratio, max_ratio]``; the sign stays, and 0 counts as
-        positive (METHOD.md, section 7). Limited ratios are counted in `stats`. None: no limit, as in the paper. "auto":
+        positive (METHOD.md, section 3). Limited ratios are counted in `stats`. None: no limit, as in the paper. "auto":
         None with ``scale="ones"``, otherwise 4.
     clip_norm : float, optional
         Limits the norm of dl/dx over all coordinates (of parameters that `net` does not mention: of their gradients) as
