@@ -176,18 +176,17 @@ class Skeleton:
         if rule == "largest":
             self._take(self.plan.choose_trees(list(arrays.values()), True, self.c if balanced else None))
 
-    def _take(self, edges: tuple[NDArray[np.int64], NDArray[np.int64]]) -> None:
-        self.plan.set_trees(*edges)
-        self.edge_arrays = edges
+    def _take(self, edges: tuple[NDArray[np.int64], NDArray[np.int64]], plan: Any = None) -> None:
+        plan = self.plan if plan is None else plan
+        plan.set_trees(*edges)
+        self.plan, self.edge_arrays = plan, edges
         for name in ("in_edges", "out_edges"):
             self.__dict__.pop(name, None)
 
     def replace_edges(self, edges: tuple[NDArray[np.int64], NDArray[np.int64]], arrays: Arrays) -> None:
         """Use these trees, (block, entry) per unit; ValueError when they are none."""
         plan, _ = make_plan(self.net, arrays, self.backend)
-        plan.set_trees(*edges)
-        self.plan = plan
-        self._take(edges)
+        self._take(edges, plan)
 
     @cached_property
     def in_edges(self) -> tuple[Edge | None, ...]:

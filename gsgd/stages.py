@@ -44,12 +44,13 @@ class Solution:
     finite: Array
 
 
-def chain_products(t: Tables, scale: Scale, weights: Sequence[Array]) -> tuple[Array, Array]:
-    """A and B per unit, the products of tree weights relative to the reference scale (METHOD.md, section 4)."""
+def chain_products(t: Tables, scale: Scale, weights: Sequence[Array]) -> tuple[Array, Array, Array]:
+    """The in-edge's weight, A and B per unit: A and B relative to the reference scale (METHOD.md, section 4)."""
     xp = array_namespace(*weights)
-    a = along(t.in_tree, at_tree(xp, t, t.in_tree, weights, 1.0) / scale.in_weights, xp.multiply) / scale.c
+    in_weights = at_tree(xp, t, t.in_tree, weights, 1.0)
+    a = along(t.in_tree, in_weights / scale.in_weights, xp.multiply) / scale.c
     b = along(t.out_tree, at_tree(xp, t, t.out_tree, weights, 1.0) / scale.out_weights, xp.multiply) * scale.c
-    return a, b
+    return in_weights, a, b
 
 
 def gather(t: Tables, weights: Sequence[Array], sums: Sequence[Array | None]) -> Array:
@@ -85,6 +86,7 @@ def sum_of_squares(t: Tables, a: Array, b: Array, gradients: Sequence[Array | No
 
 def solve(
     t: Tables,
+    in_weights: Array,
     a: Array,
     b: Array,
     weights: Sequence[Array],
@@ -101,7 +103,7 @@ def solve(
     """On the trees: the inverse chain rule, clipping, path ratios."""
     xp = array_namespace(*weights)
     x = a * b
-    d = (at_tree(xp, t, t.in_tree, weights, 1.0) * at_tree(xp, t, t.in_tree, sums, 0.0) - s) / x
+    d = (in_weights * at_tree(xp, t, t.in_tree, sums, 0.0) - s) / x
     d = d if norm is None else d / norm
     clip = xp.ones_like(xp.sum(x))
     if squares is not None:
@@ -209,9 +211,9 @@ def step(
     clip_norm : float, optional
         Limits the norm of dl/dx over all coordinates.
     """
-    a, b = chain_products(t, scale, weights)
+    in_weights, a, b = chain_products(t, scale, weights)
     s = gather(t, weights, sums)
     squares = None if clip_norm is None else sum_of_squares(t, a, b, gradients)
     limits = (max_ratio, math.inf if clip_norm is None else clip_norm)
-    solution = solve(t, a, b, weights, gradients, sums, norm, s, squares, moments, rates, *limits)
+    solution = solve(t, in_weights, a, b, weights, gradients, sums, norm, s, squares, moments, rates, *limits)
     return *apply(t, solution, weights, gradients, moments, rates), solution

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -398,3 +399,16 @@ class Encoder(nn.Module):
         x = x + self.relu_ffn(self.norm2(x))
         x = x + self.gelu_ffn(self.norm3(x))
         return self.head(x.mean(1))
+
+
+class Call(nn.Module):
+    """`forward` is a function of the module and its inputs."""
+
+    def __init__(self, function: Callable[..., Any], **modules: nn.Module) -> None:
+        super().__init__()
+        self.function = function
+        for name, module in modules.items():
+            self.add_module(name, module)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.function(self, *args, **kwargs)

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 import torch.utils.checkpoint
 from hypothesis import given
 from hypothesis import strategies as st
+from models import Call
 from torch import Tensor, nn
 
 from gsgd import Network
@@ -318,19 +319,6 @@ def test_random_programs_are_never_misdescribed(lines: list[tuple[int, int, int]
     torch.manual_seed(2)
     model, x = Random(lines), torch.randn(2, 4, 3, 3)
     verify(model, trace(model, x, residual=residual), x)
-
-
-class Call(nn.Module):
-    """`forward` is a function of the module and its inputs."""
-
-    def __init__(self, function: Callable[..., Any], **modules: nn.Module) -> None:
-        super().__init__()
-        self.function = function
-        for name, module in modules.items():
-            self.add_module(name, module)
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.function(self, *args, **kwargs)
 
 
 def chain(*layers: nn.Module) -> nn.Sequential:

@@ -10,23 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from models import Call
 from torch import Tensor, nn
 
 from gsgd import Network
 from gsgd.torch import GSGD, SymmetryError, trace, verify
-
-
-class Call(nn.Module):
-    """`forward` is a function of the module and its input."""
-
-    def __init__(self, function: Callable[..., Any], **modules: nn.Module) -> None:
-        super().__init__()
-        self.function = function
-        for name, module in modules.items():
-            self.add_module(name, module)
-
-    def forward(self, x: Tensor) -> Any:
-        return self.function(self, x)
 
 
 def two_layers(function: Callable[..., Any]) -> nn.Module:
