@@ -109,7 +109,8 @@ def unit() -> None:
         weights = [w * c for w in incoming] + [w / c for w in outgoing]
         for edge, w in zip(drawing.edges(), weights, strict=True):
             drawing.draw(edge, BLUE if edge.name == "w1" else GREEN, text=f"{w:g}")
-        panel.set_title("a unit" if c == 1 else "incoming × 2, outgoing ÷ 2: the same function", fontsize=10.5)
+        turned = r"incoming $\times$ 2, outgoing $\div$ 2: the same function"
+        panel.set_title("a unit" if c == 1 else turned, fontsize=10.5)
     save(figure, "unit")
 
 
@@ -159,7 +160,7 @@ def skeleton() -> None:
             color = colors.get((edge.name, edge.index), GREY) if (edge.name, edge.index) in on_path else "#e3e5e8"
             path.draw(edge, color, 4.5 if owner else 2)
         factors = [params["w1"][i, j], params["w2"][0, i], params["w3"][0, 0]]
-        product = " × ".join(f"{w:g}" for w in factors)
+        product = r" $\times$ ".join(f"{w:g}" for w in factors)
         panel.set_title(f"{product} = {values['w1'][i, j]:.3g}", fontsize=8.5)
     save(figure, "skeleton")
 
