@@ -2,6 +2,7 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
+from gsgd.compare import NotEquivalent, equivalence
 from gsgd.network import Features, Network
 from gsgd.optimizer import GSGD, GAdam, GRMSprop, Stats
 from gsgd.paths import PathSGD, balance, path_norm, rescale, symmetry_residual
@@ -13,10 +14,12 @@ __all__ = [
     "GAdam",
     "GRMSprop",
     "Network",
+    "NotEquivalent",
     "PathSGD",
     "Skeleton",
     "Stats",
     "balance",
+    "equivalence",
     "path_norm",
     "rescale",
     "symmetry_residual",
