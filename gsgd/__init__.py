@@ -6,6 +6,7 @@ from importlib.util import find_spec
 import numpy as np
 
 try:
+    from gsgd.compare import NotEquivalent, equivalence
     from gsgd.network import Features, Network
     from gsgd.optimizer import GSGD, GAdam, GRMSprop, Stats
     from gsgd.paths import PathSGD, balance, path_norm, rescale, symmetry_residual
@@ -28,10 +29,12 @@ __all__ = [
     "GAdam",
     "GRMSprop",
     "Network",
+    "NotEquivalent",
     "PathSGD",
     "Skeleton",
     "Stats",
     "balance",
+    "equivalence",
     "path_norm",
     "rescale",
     "symmetry_residual",
