@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from gsgd.arrays import check_gradients, check_parameters
+from gsgd.methods import non_negative
 from gsgd.network import Block, Network, Sum
-from gsgd.rates import non_negative
 from gsgd.scale import Floats, over_taps
 from gsgd.skeleton import Skeleton
 

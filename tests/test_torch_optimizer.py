@@ -364,8 +364,9 @@ def test_a_step_stays_on_its_device(monkeypatch: pytest.MonkeyPatch, device: str
         for wait in (lambda p: p.sum().item(), lambda p: p.nonzero(), lambda p: p + torch.ones(p.shape)):
             with pytest.raises(RuntimeError):
                 wait(gradients[0])
-        rates, which, stats = [opt.rates(opt.param_groups[0], 1)], [0] * len(tensors), gsgd.optimizer.Stats()
-        engine.step(gradients, (momenta, [None] * len(tensors)), rates, which, (10.0, 1.0), 1, stats)
+        methods = [gsgd.methods.SGD(0.05, 0.9, True, 0.1)]
+        which, stats = [0] * len(tensors), gsgd.optimizer.Stats()
+        engine.step(gradients, (momenta, [None] * len(tensors)), methods, which, (10.0, 1.0), 1, stats)
     assert [id(t) for t in written] == [id(t) for t in (*engine.aliases, *momenta)]
     assert stats.clamped.device.type == device
 

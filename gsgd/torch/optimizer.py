@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from gsgd.coordinates import NAMES, Coordinates, ScaleName, check_scale, fingerprint, set_to_one
+from gsgd.methods import SGD, Adam, Method, RMSprop
 from gsgd.network import BatchNormMode, Network, Residual
 from gsgd.optimizer import (
     MaxRatio,
@@ -22,7 +23,6 @@ from gsgd.optimizer import (
     limit,
     usable_threads,
 )
-from gsgd.rates import Rates, adam, rmsprop, sgd
 from gsgd.skeleton import Rule, Skeleton
 from gsgd.torch.engines import Engine, EngineName, EngineOption, Tensors, check_engine, choose
 from gsgd.torch.parameters import EXPECTED, Closure, Params, named_network, refuse_unsupported
@@ -50,12 +50,8 @@ def _unwrapped(name: str) -> str:
 class _PathOptimizer(torch.optim.Optimizer):
     """What the methods have in common. They differ in the hyperparameters of a group and in the names of moments."""
 
+    method: type[Method]  # a group holds its hyperparameters
     moments: tuple[str, str]  # names of the first and the second moment in the state
-
-    @staticmethod
-    def rates(group: Mapping[str, Any], step: int) -> Rates:
-        """A group's hyperparameters for the `step`-th step of a parameter; ValueError where they are not right."""
-        raise NotImplementedError
 
     def __init__(
         self,
@@ -149,7 +145,7 @@ class _PathOptimizer(torch.optim.Optimizer):
         try:
             if "param_names" not in group:
                 raise ValueError(EXPECTED)
-            self.rates(group, 1)
+            self._method(group).known()
             names = Counter(n for g in self.param_groups for n in g["param_names"])
             params = Counter(group["params"])
             for name, p in zip(group["param_names"], group["params"], strict=True):
@@ -210,15 +206,15 @@ class _PathOptimizer(torch.optim.Optimizer):
         if any(maximize):
             pairs = zip(gradients, self._group_of, strict=True)
             gradients = [-g if g is not None and maximize[i] else g for g, i in pairs]
-        rates, which = self._rates(engine, gradients)
+        methods, which = self._methods(engine, gradients)
         first, second = self.moments
         moments = (
-            self._moments(engine.params, first, [r.has_m for r in rates], which),
-            self._moments(engine.params, second, [r.has_v for r in rates], which),
+            self._moments(engine.params, first, [o.has_m for o in methods], which),
+            self._moments(engine.params, second, [o.has_v for o in methods], which),
         )
         threads = usable_threads(self._threads or torch.get_num_threads())
         limits = (limit(self._max_ratio), limit(self._clip_norm))
-        engine.step(gradients, moments, rates, which, limits, threads, self._stats)
+        engine.step(gradients, moments, methods, which, limits, threads, self._stats)
         self._count(engine.params, gradients)
         return loss
 
@@ -233,9 +229,13 @@ class _PathOptimizer(torch.optim.Optimizer):
                     stacklevel=5,
                 )
 
-    def _rates(self, engine: Engine, gradients: Tensors) -> tuple[list[Rates], list[int]]:
+    def _method(self, group: Mapping[str, Any]) -> Method:
+        """The method with a group's hyperparameters; ValueError where they are not right."""
+        return self.method(**{name: group[name] for name in self.method.names()})
+
+    def _methods(self, engine: Engine, gradients: Tensors) -> tuple[list[Method], list[int]]:
         """Hyperparameters, and which of them are those of each parameter."""
-        return [self.rates(g, 1) for g in self.param_groups], self._group_of
+        return [self._method(g) for g in self.param_groups], self._group_of
 
     def _count(self, params: list[Tensor], gradients: Tensors) -> None:
         """Note that a step was taken."""
@@ -314,8 +314,8 @@ class _PathOptimizer(torch.optim.Optimizer):
         for name, value in (("_clip_norm", None), ("_engine_option", "auto")):  # version 0.1 had none
             self.__dict__.setdefault(name, value)
         for group in self.param_groups:
-            for name, value in self.defaults.items():
-                group.setdefault(name, value)
+            for name in (*self.method.names(), "maximize"):  # a state of another optimizer may lack some
+                group.setdefault(name, self.defaults[name])
         self._engine, self._plan, self._seen = None, None, ()
 
 
@@ -359,20 +359,16 @@ class GSGD(_PathOptimizer):
         In `step`, on the CPU: a gradient or a path ratio is not finite. On other devices such a step is left out.
     """
 
+    method = SGD
     moments = ("momentum_buffer", "")
-
-    @staticmethod
-    def rates(group: Mapping[str, Any], step: int) -> Rates:
-        """SGD's."""
-        return sgd(group["lr"], group["momentum"], group["nesterov"], group["weight_decay"])
 
     def __init__(
         self,
         params: Params,
-        lr: float | Tensor = 0.1,
-        momentum: float = 0.0,
-        nesterov: bool = False,
-        weight_decay: float = 0.0,
+        lr: float | Tensor = SGD.lr,
+        momentum: float = SGD.momentum,
+        nesterov: bool = SGD.nesterov,
+        weight_decay: float = SGD.weight_decay,
         *,
         network: Network | None = None,
         example_inputs: Any = None,
@@ -398,7 +394,7 @@ class GSGD(_PathOptimizer):
         super().__init__(params, defaults, *tracing, scale, rule, max_ratio, clip_norm, threads, engine)
 
     @classmethod
-    def paper(cls, model: nn.Module, lr: float | Tensor = 0.1, **options: Any) -> GSGD:
+    def paper(cls, model: nn.Module, lr: float | Tensor = SGD.lr, **options: Any) -> GSGD:
         """The paper's own method: residual "pin", batch_norm "paper", rule "modulo", scale "ones", no limit on ratios.
 
         As its released code: ``batch_norm="released"``, with stem, shortcuts and classifier in `leave_out`.
@@ -429,21 +425,17 @@ class GAdam(_PathOptimizer):
     that were left out because something was not finite.
     """
 
+    method = Adam
     moments = ("exp_avg", "exp_avg_sq")
-
-    @staticmethod
-    def rates(group: Mapping[str, Any], step: int) -> Rates:
-        """Adam's."""
-        return adam(group["lr"], group["betas"], group["eps"], group["weight_decay"], group["decoupled"], step)
 
     def __init__(
         self,
         params: Params,
-        lr: float | Tensor = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 0.0,
-        decoupled: bool = True,
+        lr: float | Tensor = Adam.lr,
+        betas: tuple[float, float] = Adam.betas,
+        eps: float = Adam.eps,
+        weight_decay: float = Adam.weight_decay,
+        decoupled: bool = Adam.decoupled,
         *,
         network: Network | None = None,
         example_inputs: Any = None,
@@ -469,14 +461,15 @@ class GAdam(_PathOptimizer):
         tracing = (network, example_inputs, leave_out, residual, batch_norm)
         super().__init__(params, defaults, *tracing, scale, rule, max_ratio, clip_norm, threads, engine)
 
-    def _rates(self, engine: Engine, gradients: Tensors) -> tuple[list[Rates], list[int]]:
+    def _methods(self, engine: Engine, gradients: Tensors) -> tuple[list[Method], list[int]]:
         """The bias corrections are of the number of steps that a parameter itself has taken."""
         place: dict[tuple[int, int], int] = {}
         which = []
         for p, g, group in zip(engine.params, gradients, self._group_of, strict=True):
             step = int(self.state[p].get("step", 0)) + (g is not None)
             which.append(place.setdefault((group, max(1, step)), len(place)))
-        return [self.rates(self.param_groups[group], step) for group, step in place], which
+        own = [self._method(g) for g in self.param_groups]
+        return [own[group].at(step) for group, step in place], which
 
     def _count(self, params: list[Tensor], gradients: Tensors) -> None:
         for p, g in zip(params, gradients, strict=True):
@@ -495,21 +488,17 @@ class GRMSprop(_PathOptimizer):
         As in `torch.optim.RMSprop`, on the coordinates that `gsgd.GSGD` describes.
     """
 
+    method = RMSprop
     moments = ("momentum_buffer", "square_avg")
-
-    @staticmethod
-    def rates(group: Mapping[str, Any], step: int) -> Rates:
-        """RMSProp's."""
-        return rmsprop(group["lr"], group["alpha"], group["eps"], group["weight_decay"], group["momentum"])
 
     def __init__(
         self,
         params: Params,
-        lr: float | Tensor = 1e-2,
-        alpha: float = 0.99,
-        eps: float = 1e-8,
-        weight_decay: float = 0.0,
-        momentum: float = 0.0,
+        lr: float | Tensor = RMSprop.lr,
+        alpha: float = RMSprop.alpha,
+        eps: float = RMSprop.eps,
+        weight_decay: float = RMSprop.weight_decay,
+        momentum: float = RMSprop.momentum,
         *,
         network: Network | None = None,
         example_inputs: Any = None,

@@ -7,9 +7,9 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
+from gsgd.methods import non_negative
 from gsgd.network import Network, Residual
 from gsgd.paths import path_kappa, require_symmetry
-from gsgd.rates import sgd
 from gsgd.torch.parameters import EXPECTED, Closure, Params, named_network
 
 
@@ -40,7 +40,7 @@ class PathSGD(torch.optim.Optimizer):
         require_symmetry(self.network)
         super().__init__(named, {"lr": lr})
         for group in self.param_groups:
-            sgd(group["lr"], 0.0, False, 0.0)
+            non_negative("lr", group["lr"])
             if "param_names" not in group:
                 raise ValueError(EXPECTED)
 

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from gsgd import layout, stages
 from gsgd.coordinates import Coordinates
+from gsgd.methods import Method
 from gsgd.network import Network
 from gsgd.optimizer import Stats
-from gsgd.rates import Rates
 from gsgd.skeleton import batch_norm_gradients, make_plan
 from gsgd.torch.engines.base import Engine, Tensors
 
@@ -52,7 +52,7 @@ class ArrayEngine(Engine):
         self,
         gradients: Tensors,
         moments: tuple[Tensors, Tensors],
-        rates: list[Rates],
+        methods: list[Method],
         which: list[int],
         limits: tuple[float, float],
         threads: int,
@@ -70,7 +70,7 @@ class ArrayEngine(Engine):
             sums,
             norm,
             pairs,
-            [rates[i] for i in which],
+            [methods[i] for i in which],
             max_ratio,
             None if math.isinf(clip_norm) else clip_norm,
         )

@@ -8,9 +8,9 @@ from typing import ClassVar, Literal, TypeAlias
 import torch
 from torch import Tensor
 
+from gsgd.methods import Method
 from gsgd.network import Network
 from gsgd.optimizer import Stats
-from gsgd.rates import Rates
 
 Tensors: TypeAlias = list[Tensor | None]
 EngineName = Literal["core", "array", "triton"]
@@ -51,7 +51,7 @@ class Engine:
         self,
         gradients: Tensors,
         moments: tuple[Tensors, Tensors],
-        rates: list[Rates],
+        methods: list[Method],
         which: list[int],
         limits: tuple[float, float],
         threads: int,
@@ -63,8 +63,8 @@ class Engine:
         ----------
         gradients, moments
             In the order of `params`; None where a parameter has none.
-        rates, which
-            Hyperparameters, and which of them are those of each parameter.
+        methods, which
+            Methods with their hyperparameters, and which of them is that of each parameter.
         limits
             `max_ratio` and `clip_norm`; infinity for none.
         """

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from gsgd.arrays import check_parameters
 from gsgd.coordinates import Coordinates
+from gsgd.methods import Method
 from gsgd.network import Network
 from gsgd.optimizer import Stats
-from gsgd.rates import Rates
 from gsgd.skeleton import batch_norm_gradients, explain, make_plan
 from gsgd.torch.engines.base import Engine, Tensors
 
@@ -47,7 +47,7 @@ class CoreEngine(Engine):
         self,
         gradients: Tensors,
         moments: tuple[Tensors, Tensors],
-        rates: list[Rates],
+        methods: list[Method],
         which: list[int],
         limits: tuple[float, float],
         threads: int,
@@ -65,7 +65,7 @@ class CoreEngine(Engine):
         if addresses != self.addresses:  # a view keeps its memory, so that no other tensor can have its address
             self.addresses = addresses
             self.views = [[None if x is None else x.detach().numpy() for x in kind] for kind in moments]
-        rows = [r.row for r in rates]
+        rows = [tuple(map(float, o.row)) for o in methods]
         if rows != self.rows or which != self.which:
             self.rows, self.which = rows, which
             self.rates = np.array(rows, dtype=np.float64)[which]
