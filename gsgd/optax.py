@@ -58,7 +58,6 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from numbers import Real
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import jax
@@ -73,8 +72,8 @@ from gsgd.jax import names
 from gsgd.layout import Layout, convert, layout
 from gsgd.methods import SGD, Adam, Method, RMSprop
 from gsgd.network import Network
-from gsgd.optimizer import check_clip_norm, check_max_ratio, limit
-from gsgd.skeleton import Rule, Skeleton, check_rule
+from gsgd.options import MaxRatio, Options, limit
+from gsgd.skeleton import Rule, Skeleton
 
 Array: TypeAlias = jax.Array
 Tree: TypeAlias = Any
@@ -132,7 +131,7 @@ def gsgd(
     weight_decay: Number = SGD.weight_decay,
     scale: ScaleName = "balanced",
     rule: Rule = "modulo",
-    max_ratio: Number | Literal["auto"] | None = "auto",
+    max_ratio: MaxRatio = "auto",
     clip_norm: Number | None = None,
 ) -> optax.GradientTransformation:
     """G-SGD: stochastic gradient descent in the positively scale-invariant space (Meng et al., ICLR 2019).
@@ -165,7 +164,7 @@ def gadam(
     decoupled: bool = Adam.decoupled,
     scale: ScaleName = "balanced",
     rule: Rule = "modulo",
-    max_ratio: Number | Literal["auto"] | None = "auto",
+    max_ratio: MaxRatio = "auto",
     clip_norm: Number | None = None,
 ) -> optax.GradientTransformation:
     """Adam on the values of basis paths, with the options of `optax.adamw`.
@@ -190,7 +189,7 @@ def grmsprop(
     momentum: Number | None = RMSprop.momentum,
     scale: ScaleName = "balanced",
     rule: Rule = "modulo",
-    max_ratio: Number | Literal["auto"] | None = "auto",
+    max_ratio: MaxRatio = "auto",
     clip_norm: Number | None = None,
 ) -> optax.GradientTransformation:
     """RMSProp on the values of basis paths, as ``optax.rmsprop(..., eps_in_sqrt=False)``.
@@ -236,7 +235,7 @@ def _transformation(
     make: Callable[..., Method],
     scale: ScaleName,
     rule: Rule,
-    max_ratio: Number | Literal["auto"] | None,
+    max_ratio: MaxRatio,
     clip_norm: Number | None,
 ) -> optax.GradientTransformation:
     if not isinstance(network, Network):
@@ -244,11 +243,7 @@ def _transformation(
     method = make(lr=0.0 if callable(learning_rate) else learning_rate)
     if scale not in ("balanced", "initial"):
         raise ValueError(f"scale: expected 'balanced', or 'initial' (for 'ones' from gsgd.optax.ones), got {scale!r}")
-    check_rule(rule)
-    if max_ratio is None or isinstance(max_ratio, (Real, str)):
-        max_ratio = limit(check_max_ratio(max_ratio, scale))
-    if isinstance(clip_norm, Real):
-        check_clip_norm(float(clip_norm))
+    options = Options(scale, rule, None, max_ratio, clip_norm)
     if any(b.batch_norm for b in network.blocks):
         raise ValueError("batch_norm 'paper' and 'released' are not supported here; describe the network with 'exact'")
 
@@ -285,8 +280,8 @@ def _transformation(
             None,
             list(zip(*moments, strict=True)),
             [now.at(state.count + 1)] * len(weights),
-            max_ratio,
-            clip_norm,
+            limit(options.max_ratio),
+            options.clip_norm,
         )
         new_weights, new_moments = zip(*new, strict=True)
         finite = solution.finite

@@ -1031,7 +1031,9 @@ REFUSED: dict[str, tuple[Callable[[nn.Module], Any], dict[str, Any], type[Except
     "rule": (named, {"rule": "other"}, ValueError, "rule"),
     "max_ratio": (named, {"max_ratio": 1.0}, ValueError, "max_ratio"),
     "clip_norm": (named, {"clip_norm": -1.0}, ValueError, "clip_norm"),
-    "leave_out": (named, {"leave_out": "fc"}, ValueError, "leave_out"),
+    "leave_out": (named, {"leave_out": "fc"}, ValueError, "leave_out: is for tracing"),
+    "residual": (lambda m: m, {"residual": "tie"}, ValueError, "residual: is for tracing"),
+    "batch_norm": (lambda m: m, {"batch_norm": "paper"}, ValueError, "batch_norm: is for tracing"),
     "threads": (named, {"threads": 0}, ValueError, "threads"),
 }
 
