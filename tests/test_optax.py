@@ -333,7 +333,8 @@ def test_a_step_that_is_not_finite_is_left_out() -> None:
     grads[2]["bias"] = grads[2]["bias"].at[1].set(jnp.nan)
     updates, after = update(grads, state, params)
     assert all((np.asarray(u) == 0).all() for u in jax.tree.leaves(updates))
-    jax.tree.map(np.testing.assert_array_equal, after, state)
+    assert (int(state.skipped), int(after.skipped), int(after.count)) == (0, 1, 1)
+    jax.tree.map(np.testing.assert_array_equal, after._replace(skipped=state.skipped), state)
 
 
 def test_parameters_of_numpy_and_no_gradient() -> None:
@@ -362,9 +363,18 @@ def test_what_is_wrong_is_said() -> None:
         tx.init([])
     with pytest.raises(TypeError, match="state: expected what this transformation's init returns, got tuple"):
         tx.update(params, optax.sgd(0.1).init(params), params)
-    for other, moments in ((gopt.gsgd(0.1, net, momentum=0.9), "m"), (gopt.grmsprop(0.1, net), "v")):
-        with pytest.raises(TypeError, match=f"state: .*, got one without moments {moments}"):
-            other.update(params, tx.init(params), params)
+    others = (gopt.gsgd(0.1, net, momentum=0.9), gopt.grmsprop(0.1, net, momentum=0.9), gopt.gadam(0.1, net))
+    states = [other.init(params) for other in others]
+    for i, j, got in (
+        (0, None, "without moments m"),
+        (None, 0, "with moments m"),
+        (0, 1, "of RMSprop"),
+        (1, 2, "of Adam"),
+        (2, 0, "of SGD"),
+    ):
+        made, given = (tx if i is None else others[i]), (tx.init(params) if j is None else states[j])
+        with pytest.raises(TypeError, match=f"state: .*, got one {got}"):
+            made.update(params, given, params)
     state = tx.init(params)
     with pytest.raises(ValueError, match="params: expected 6 arrays, as in init, got 7"):
         tx.update([*params, jnp.ones(3)], state, [*params, jnp.ones(3)])
@@ -406,7 +416,7 @@ def test_what_is_like_parameters_can_be_mapped() -> None:
     mapped = optax.tree_utils.tree_map_params(
         tx, lambda m, spec: spec, state, specs, transform_non_params=lambda _: "whole"
     )
-    assert mapped.inner_state == gopt.State("whole", "whole", "whole", specs, specs)
+    assert mapped.inner_state == gopt.State(*["whole"] * 4, specs, specs)
 
 
 def test_zero_weights_need_an_init_with_values() -> None:
@@ -428,6 +438,12 @@ def test_the_example_runs() -> None:
 def test_gsgd_alone_does_not_import_jax() -> None:
     code = "import sys, gsgd; sys.exit('jax' in sys.modules or 'optax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_extra_arguments_are_for_others() -> None:
+    params = start(jax.random.key(0))
+    tx = optax.chain(gopt.gsgd(0.1, chain()), optax.contrib.reduce_on_plateau())
+    tx.update(params, tx.init(params), params, value=1.0)
 
 
 @pytest.mark.parametrize("make", [gopt.gsgd, gopt.grmsprop])

@@ -249,8 +249,11 @@ def test_a_step_that_is_not_finite_changes_nothing(engine: str, what: str) -> No
         with pytest.raises(FloatingPointError, match=message):
             opt.step()
         assert opt.stats.steps == 2
+        assert opt.stats.skipped == 0
     else:
         opt.step()
+        assert opt.stats.skipped == 1
+        assert copy.deepcopy(opt).stats == opt.stats
     assert_same(model, before)
     for mine, desired in zip(momenta(opt), buffers, strict=True):
         assert torch.equal(mine, desired)
