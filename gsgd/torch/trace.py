@@ -36,6 +36,8 @@ from gsgd.torch.follow import (
 from gsgd.torch.rules import find_rule
 from gsgd.trace.names import match
 from gsgd.trace.nodes import Algebra, Nodes, NotUnderstood, along, expanded
+from gsgd.trace.rules import Operand
+from gsgd.trace.weights import weight_view
 
 # fmt: off
 # what they draw differs from pass to pass
@@ -157,6 +159,7 @@ class _Describe(Follow):
         self.parameters, self.reads, self.ends = parameters, reads, ends
         self.known: dict[int, tuple[Tensor, Nodes]] = {}  # id -> the value, kept alive, and its nodes
         self.drawn: set[int] = set()  # ids of what was made of random numbers
+        self.views: dict[int, Tensor] = {}  # id of a view -> its parameter
         self.reasons: dict[str, str] = {}  # of parameters: what reads them first
 
     # values
@@ -166,7 +169,24 @@ class _Describe(Follow):
             return self.known[id(t)][1]
         if t.is_meta:
             raise ValueError(OUT_OF_SIGHT)
-        return self.on.fill(t.shape)
+        zero = is_continuous(t) and t.numel() > 0 and not t.any()
+        self.known[id(t)] = (t, self.on.zero(t.shape) if zero else self.on.fill(t.shape))
+        return self.known[id(t)][1]
+
+    def operand(self, value: Any) -> Operand:
+        """A tensor or a number."""
+        if not isinstance(value, Tensor):
+            return Operand(self.on.fill(()) if value else self.on.zero(()))
+        p = self.views.get(id(value), value)
+        name = self.described(p)
+        own = None if name is None else weight_view(name, p.shape, p.stride(), value.shape, value.stride())
+        return Operand(self.nodes(value), own)
+
+    def moved(self, t: Tensor, views: list[Tensor]) -> None:
+        """If `t` is a parameter, so are its views."""
+        p = self.views.get(id(t), t)
+        if id(p) in self.parameters:
+            self.views.update((id(view), p) for view in views if view._base is p)
 
     def know(self, t: Tensor, nodes: Nodes) -> None:
         if id(t) in self.known:  # made in place: what views of it were taken to be must stay true
@@ -205,12 +225,17 @@ class _Describe(Follow):
     def weight(self, t: Any) -> str:
         name = self.described(t)
         if name is None:
-            if id(t) in self.parameters:
-                raise NotUnderstood(f"its weight {self.parameters[id(t)]} is read {self.reads[id(t)]} times")
-            raise NotUnderstood("its weight is computed, or shares its memory")
+            raise NotUnderstood(self.why_not_described(t) or "its weight is computed, or shares its memory")
         if not t.numel():
             raise NotUnderstood("its weight has no entries")
         return name
+
+    def why_not_described(self, t: Any) -> str:
+        """Why a parameter, or a view of one, can't be described; nothing for others and for those that can."""
+        p = self.views.get(id(t), t)
+        if id(p) not in self.parameters or self.described(p) is not None:
+            return ""
+        return f"its weight {self.parameters[id(p)]} is read {self.reads[id(p)]} times"
 
     # operations
 
@@ -229,15 +254,17 @@ class _Describe(Follow):
             nodes = list(made) if isinstance(made, tuple | list) else [made]
             if [n.shape for n in nodes] != [t.shape for t in results]:
                 raise NotUnderstood("an unexpected result")
+            if name_of(func).endswith("_") and isinstance(args[0], Tensor) and nodes[0] is not self.nodes(args[0]):
+                self.on.overwrite(self.nodes(args[0]))
         except NotUnderstood as why:
             reason = f"{self.current}: {why}".removesuffix(": ")
             for t in reads:
                 self.on.pin(self.nodes(t), reason)
             node = int(self.net.input(1, reason).per_feature[0]) if reads and results else None
             nodes = [self.on.fill(t.shape, node) for t in results]
-        for t in reads:
-            if id(t) in self.parameters:
-                self.reasons.setdefault(self.parameters[id(t)], reason)
+        for p in (self.views.get(id(t), t) for t in reads):
+            if id(p) in self.parameters and not (results and all(id(t) in self.views for t in results)):
+                self.reasons.setdefault(self.parameters[id(p)], reason)
         for t, n in zip(results, nodes, strict=True):
             self.know(t, n)
         for t in tensors_in(out):
