@@ -82,3 +82,4 @@ class ArrayEngine(Engine):
                     torch.where(finite, x, old, out=old)
         stats.steps += 1
         stats.clamped = stats.clamped + torch.where(finite, solution.clamped, 0)  # type: ignore[assignment]
+        stats.skipped = stats.skipped + ~finite
