@@ -14,7 +14,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constr
 
 SOURCES := pyproject.toml setup.py MANIFEST.in constraints.txt $(wildcard csrc/*) \
            $(shell find gsgd -name '*.py' -o -name '*.pyi' -o -name py.typed)
-CORE := tests/core.c $(filter-out csrc/_core.c,$(wildcard csrc/*.c))
+CORE := tests/core.c $(filter-out csrc/module.c csrc/arguments.c,$(wildcard csrc/*.c))
 CORE_FLAGS := -std=c11 -g -O1 -ffp-contract=off -fno-math-errno -Wall -Wextra -Werror -Icsrc
 SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=all
 OPENMP := $(shell echo 'int main(void) { return 0; }' | $(CC) -fopenmp -x c -o /dev/null - 2>/dev/null && echo -fopenmp)

@@ -379,7 +379,7 @@ static int prepare(balance *s, void *memory[4]) {
 gsgd_status gsgd_balance(gsgd_plan *plan, const gsgd_array *weights, double *c, double *left) {
     balance s = {.plan = plan};
     void *memory[4] = {NULL};
-    gsgd_bind(plan, weights, offsetof(block, w));
+    gsgd_bind(plan, weights, VIEW_W);
     int ready = prepare(&s, memory);
     if (ready) {
         *left = find_scale(&s);
