@@ -254,7 +254,7 @@ class _Describe(Follow):
             nodes = list(made) if isinstance(made, tuple | list) else [made]
             if [n.shape for n in nodes] != [t.shape for t in results]:
                 raise NotUnderstood("an unexpected result")
-            if name_of(func).endswith("_") and isinstance(args[0], Tensor) and nodes[0] is not self.nodes(args[0]):
+            if name_of(func).endswith("_") and results and nodes[0] is not self.nodes(args[0]):
                 self.on.overwrite(self.nodes(args[0]))
         except NotUnderstood as why:
             reason = f"{self.current}: {why}".removesuffix(": ")
