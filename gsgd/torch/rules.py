@@ -298,6 +298,8 @@ def clamp(run: Run, out: Tensor, x: Tensor, min: Any = None, max: Any = None) ->
 def rearrange(run: Run, func: Callable[..., Any], args: Any, kwargs: Any, out: Any) -> Any:
     if any(isinstance(a, torch.dtype) for a in tree_leaves((args, kwargs))):
         raise NotUnderstood("reinterpreted as another dtype")
+    if not any(map(is_continuous, tensors_in(out))):  # indices, which may have the shape of a value
+        return []
     # a view of the value may need a copy of its nodes, which have strides of their own
     copying: dict[str, Callable[..., Any]] = {"view": Tensor.reshape, "view_as": Tensor.reshape_as}
     func = copying.get(name_of(func), func)
