@@ -58,7 +58,7 @@ import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from numbers import Real
+from functools import partial
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import jax
@@ -70,10 +70,10 @@ from numpy.typing import NDArray
 from gsgd import layout, stages
 from gsgd.coordinates import set_to_one
 from gsgd.jax import names
+from gsgd.methods import SGD, Adam, Method, RMSprop
 from gsgd.network import Network, plain_block
-from gsgd.optimizer import check_clip_norm, check_max_ratio, limit
-from gsgd.rates import Rates, adam, rmsprop, sgd
-from gsgd.skeleton import Rule, Skeleton, check_rule
+from gsgd.options import MaxRatio, Options, limit
+from gsgd.skeleton import Rule, Skeleton
 
 Array: TypeAlias = jax.Array
 Tree: TypeAlias = Any
@@ -126,12 +126,12 @@ class State(NamedTuple):
 def gsgd(
     learning_rate: Schedule,
     network: Network,
-    momentum: Number | None = 0.0,
-    nesterov: bool = False,
-    weight_decay: Number = 0.0,
+    momentum: Number | None = SGD.momentum,
+    nesterov: bool = SGD.nesterov,
+    weight_decay: Number = SGD.weight_decay,
     scale: ScaleName = "balanced",
     rule: Rule = "modulo",
-    max_ratio: Number | Literal["auto"] | None = "auto",
+    max_ratio: MaxRatio = "auto",
     clip_norm: Number | None = None,
 ) -> optax.GradientTransformation:
     """G-SGD: stochastic gradient descent in the positively scale-invariant space (Meng et al., ICLR 2019).
@@ -150,27 +150,21 @@ def gsgd(
     ValueError, TypeError
         Hyperparameters are not as they should be; or, in `init`, names, shapes or dtypes of the parameters.
     """
-    momentum = 0.0 if momentum is None else momentum
-    options = {"momentum": momentum, "nesterov": nesterov, "weight_decay": weight_decay}
-    _check(sgd, {"lr": learning_rate, **options})
-
-    def rates(lr: Number, step: Array) -> Rates:
-        return Rates(lr, momentum, weight_decay, nesterov=nesterov)
-
-    return _transformation(learning_rate, network, rates, _is_set(momentum), False, scale, rule, max_ratio, clip_norm)
+    make = partial(SGD, momentum=_or_zero(momentum), nesterov=nesterov, weight_decay=weight_decay)
+    return _transformation(learning_rate, network, make, scale, rule, max_ratio, clip_norm)
 
 
 def gadam(
     learning_rate: Schedule,
     network: Network,
-    b1: Number = 0.9,
-    b2: Number = 0.999,
-    eps: Number = 1e-8,
-    weight_decay: Number = 0.0,
-    decoupled: bool = True,
+    b1: Number = Adam.betas[0],
+    b2: Number = Adam.betas[1],
+    eps: Number = Adam.eps,
+    weight_decay: Number = Adam.weight_decay,
+    decoupled: bool = Adam.decoupled,
     scale: ScaleName = "balanced",
     rule: Rule = "modulo",
-    max_ratio: Number | Literal["auto"] | None = "auto",
+    max_ratio: MaxRatio = "auto",
     clip_norm: Number | None = None,
 ) -> optax.GradientTransformation:
     """Adam on the values of basis paths, with the options of `optax.adamw`.
@@ -182,27 +176,20 @@ def gadam(
     b1, b2, eps, weight_decay, decoupled
         ``betas=(b1, b2)`` and the others of `gsgd.GAdam`.
     """
-    options = {"eps": eps, "weight_decay": weight_decay, "decoupled": decoupled}
-    _check(lambda b1, b2, **o: adam(betas=(b1, b2), **o), {"lr": learning_rate, "b1": b1, "b2": b2, **options})
-
-    def rates(lr: Number, step: Array) -> Rates:
-        # 1 - b ** step cancels in float32
-        correct_m, correct_v = (-1 / jnp.expm1(step * jnp.log(b)) for b in (b1, b2))
-        return Rates(lr, b1, weight_decay, b2, eps, correct_m, correct_v, decoupled=decoupled, method="adam")
-
-    return _transformation(learning_rate, network, rates, True, True, scale, rule, max_ratio, clip_norm)
+    make = partial(Adam, betas=(b1, b2), eps=eps, weight_decay=weight_decay, decoupled=decoupled)
+    return _transformation(learning_rate, network, make, scale, rule, max_ratio, clip_norm)
 
 
 def grmsprop(
     learning_rate: Schedule,
     network: Network,
     decay: Number = 0.9,
-    eps: Number = 1e-8,
-    weight_decay: Number = 0.0,
-    momentum: Number | None = 0.0,
+    eps: Number = RMSprop.eps,
+    weight_decay: Number = RMSprop.weight_decay,
+    momentum: Number | None = RMSprop.momentum,
     scale: ScaleName = "balanced",
     rule: Rule = "modulo",
-    max_ratio: Number | Literal["auto"] | None = "auto",
+    max_ratio: MaxRatio = "auto",
     clip_norm: Number | None = None,
 ) -> optax.GradientTransformation:
     """RMSProp on the values of basis paths, as ``optax.rmsprop(..., eps_in_sqrt=False)``.
@@ -214,14 +201,8 @@ def grmsprop(
     decay, eps, weight_decay, momentum
         ``alpha=decay`` and the others of `gsgd.GRMSprop`.
     """
-    momentum = 0.0 if momentum is None else momentum
-    options = {"eps": eps, "weight_decay": weight_decay, "momentum": momentum}
-    _check(lambda decay, **o: rmsprop(alpha=decay, **o), {"lr": learning_rate, "decay": decay, **options})
-
-    def rates(lr: Number, step: Array) -> Rates:
-        return Rates(lr, momentum, weight_decay, decay, eps, method="rmsprop")
-
-    return _transformation(learning_rate, network, rates, _is_set(momentum), True, scale, rule, max_ratio, clip_norm)
+    make = partial(RMSprop, alpha=decay, eps=eps, weight_decay=weight_decay, momentum=_or_zero(momentum))
+    return _transformation(learning_rate, network, make, scale, rule, max_ratio, clip_norm)
 
 
 def ones(params: Tree, network: Network) -> Tree:
@@ -243,36 +224,26 @@ def ones(params: Tree, network: Network) -> Tree:
     return structure.unflatten(jnp.where(masks[name], jnp.ones_like(x), x) for name, x in leaves.items())
 
 
-def _is_set(x: Number) -> bool:
-    """Whether a hyperparameter may differ from 0: one that is injected may at any time."""
-    return not isinstance(x, Real) or x != 0
-
-
-def _check(make: Callable[..., Rates], hyperparameters: Mapping[str, Any]) -> None:
-    """Check those that are plain numbers: others have no values yet, or are schedules."""
-    make(**{name: x if isinstance(x, Real) else 0.5 for name, x in hyperparameters.items()})
+def _or_zero(momentum: Number | None) -> Number:
+    """The momentum; None, Optax's own default, is none."""
+    return 0.0 if momentum is None else momentum
 
 
 def _transformation(
     learning_rate: Schedule,
     network: Network,
-    rates: Callable[[Number, Array], Rates],
-    has_m: bool,
-    has_v: bool,
+    make: Callable[..., Method],
     scale: ScaleName,
     rule: Rule,
-    max_ratio: Number | Literal["auto"] | None,
+    max_ratio: MaxRatio,
     clip_norm: Number | None,
 ) -> optax.GradientTransformation:
     if not isinstance(network, Network):
         raise TypeError(f"network: expected a gsgd.Network, got {type(network).__name__}")
+    method = make(lr=0.0 if callable(learning_rate) else learning_rate)
     if scale not in ("balanced", "initial"):
         raise ValueError(f"scale: expected 'balanced', or 'initial' (for 'ones' from gsgd.optax.ones), got {scale!r}")
-    check_rule(rule)
-    if max_ratio is None or isinstance(max_ratio, (Real, str)):
-        max_ratio = limit(check_max_ratio(max_ratio, scale))
-    if isinstance(clip_norm, Real):
-        check_clip_norm(float(clip_norm))
+    options = Options(scale, rule, None, max_ratio, clip_norm)
     if any(b.batch_norm for b in network.blocks):
         raise ValueError("batch_norm 'paper' and 'released' are not supported here; describe the network with 'exact'")
 
@@ -280,7 +251,7 @@ def _transformation(
         anchor: Any = 0 if _is_placeholder(params) else _anchor(params, network, scale, rule)
         # no array twice: a loop may donate the state's buffers
         count, clamped = jnp.zeros([], jnp.int32), jnp.zeros([], jnp.int32)
-        m, v = (jax.tree.map(jnp.zeros_like, params) if has else None for has in (has_m, has_v))
+        m, v = (jax.tree.map(jnp.zeros_like, params) if has else None for has in (method.has_m, method.has_v))
         return State(count, clamped, anchor, m, v)
 
     def update(updates: Tree, state: State, params: Tree = None) -> tuple[Tree, State]:
@@ -289,7 +260,7 @@ def _transformation(
         wanted = "state: expected what this transformation's init returns"
         if not isinstance(state, State):
             raise TypeError(f"{wanted}, got {type(state).__name__}")
-        for name, has, moment in (("m", has_m, state.m), ("v", has_v, state.v)):
+        for name, has, moment in (("m", method.has_m, state.m), ("v", method.has_v, state.v)):
             if has and moment is None:
                 raise TypeError(f"{wanted}, got one without moments {name}")
         weights = [jnp.asarray(w) for w in jax.tree.leaves(params)]
@@ -299,7 +270,7 @@ def _transformation(
         ((trees, scale),) = state.reference.items()
         _check_shapes(trees, weights, gradients)
         moments = [[None] * len(weights) if x is None else structure.flatten_up_to(x) for x in (state.m, state.v)]
-        lr = learning_rate(state.count) if callable(learning_rate) else learning_rate
+        now = make(lr=learning_rate(state.count)) if callable(learning_rate) else method
         new, new_moments, solution = stages.step(
             layout.convert(trees.tables, _constant),
             stages.Scale(*scale),
@@ -308,9 +279,9 @@ def _transformation(
             gradients,
             None,
             list(zip(*moments, strict=True)),
-            [rates(lr, state.count + 1)] * len(weights),
-            max_ratio,
-            clip_norm,
+            [now.at(state.count + 1)] * len(weights),
+            limit(options.max_ratio),
+            options.clip_norm,
         )
         finite = solution.finite
         for g in gradients:

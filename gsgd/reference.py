@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from gsgd.blocks import PINNED, Block
 from gsgd.layout import Array, Edges, along, assemble, at_tree, tables, view
-from gsgd.rates import Rates
+from gsgd.methods import METHODS, Row
 from gsgd.stages import Scale, gather, step
 
 
@@ -117,7 +117,7 @@ class Plan:
         """One step in place; the number of ratios that were limited."""
         if not all(g is None or np.isfinite(g).all() for g in gradients):
             raise FloatingPointError(-1)
-        shared = {row: Rates.of_row(row) for row in map(tuple, rates.tolist())}
+        shared = {row: METHODS[int(row[0])].of_row(Row(*row)) for row in map(tuple, rates.tolist())}
         summed = gradients if sums is None else sums
         with np.errstate(all="ignore"):
             new, moments, solution = step(

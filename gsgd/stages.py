@@ -17,7 +17,7 @@ from array_api_compat import array_namespace, device
 
 from gsgd.blocks import PINNED
 from gsgd.layout import Array, Tables, along, assemble, at_tree, real_type, view
-from gsgd.rates import Moments, Rates, direction
+from gsgd.methods import Method, Moments
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ def solve(
     s: Array,
     squares: Array | None,
     moments: Sequence[Moments],
-    rates: Sequence[Rates],
+    methods: Sequence[Method],
     max_ratio: float | Array,
     clip_norm: float | Array,
 ) -> Solution:
@@ -114,13 +114,13 @@ def solve(
         d = clip * d
     m, v = (at_tree(xp, t, t.in_tree, [pair[i] for pair in moments], 0.0) for i in (0, 1))
     r = xp.ones_like(x)
-    for o in {id(o): o for o in rates}.values():
-        mine = [i for i, own in enumerate(rates) if own is o and gradients[i] is not None]
+    for o in {id(o): o for o in methods}.values():
+        mine = [i for i, own in enumerate(methods) if own is o and gradients[i] is not None]
         if not mine:
             continue
-        here = t.chain & among(xp, t.in_array, mine, len(rates))
+        here = t.chain & among(xp, t.in_array, mine, len(methods))
         has_m = any(moments[i][0] is not None for i in mine)
-        e, (new_m, new_v) = direction(xp, o, d, m if has_m else None, v)
+        e, (new_m, new_v) = o.direction(xp, d, m if has_m else None, v)
         r = xp.where(here, 1 - o.lr * e / x, r)
         m, v = m if new_m is None else xp.where(here, new_m, m), xp.where(here, new_v, v)
     size = xp.clip(xp.abs(r), 1 / max_ratio, max_ratio)
@@ -150,7 +150,7 @@ def apply(
     weights: Sequence[Array],
     gradients: Sequence[Array | None],
     moments: Sequence[Moments],
-    rates: Sequence[Rates],
+    methods: Sequence[Method],
 ) -> tuple[list[Array], list[Moments]]:
     """New weights and moments: ordinary edges, chains, and free edges, which stay.
 
@@ -161,7 +161,7 @@ def apply(
     new_moments: list[list[Array | None]] = [[], []]
     per_unit: dict[Any, list[Array]] = {}  # in the dtype of the weights
     for k in t.blocks:
-        o, w, m, v = rates[k.array], view(xp, k, weights), *(view(xp, k, x) for x in zip(*moments, strict=True))
+        o, w, m, v = methods[k.array], view(xp, k, weights), *(view(xp, k, x) for x in zip(*moments, strict=True))
         if w.dtype not in per_unit:
             a, b, ratio, rho = solution.a, solution.b, solution.ratio, solution.rho
             per_unit[w.dtype] = [
@@ -175,7 +175,7 @@ def apply(
             per_x = per_a[k.cols] * per_b[k.rows]  # dw / dx
             d = clip * (view(xp, k, gradients) * per_x)
             decay = o.weight_decay * (w * (a[k.cols] * b[k.rows]))
-            e, (m, v) = direction(xp, o, d if o.decoupled else d + decay, m, v)
+            e, (m, v) = o.direction(xp, d if o.decoupled else d + decay, m, v)
             new = w - o.lr * ((e + decay if o.decoupled else e) * per_x)
         new = xp.where(k.chain, w * ratio[k.rows] * rho, new * rho)
         new_weights.append(xp.where(k.free, w, new))
@@ -195,7 +195,7 @@ def step(
     sums: Sequence[Array | None],
     norm: Array | None,
     moments: Sequence[Moments],
-    rates: Sequence[Rates],
+    methods: Sequence[Method],
     max_ratio: float | Array,
     clip_norm: float | Array | None,
 ) -> tuple[list[Array], list[Moments], Solution]:
@@ -215,5 +215,5 @@ def step(
     s = gather(t, weights, sums)
     squares = None if clip_norm is None else sum_of_squares(t, a, b, gradients)
     limits = (max_ratio, math.inf if clip_norm is None else clip_norm)
-    solution = solve(t, in_weights, a, b, weights, gradients, sums, norm, s, squares, moments, rates, *limits)
-    return *apply(t, solution, weights, gradients, moments, rates), solution
+    solution = solve(t, in_weights, a, b, weights, gradients, sums, norm, s, squares, moments, methods, *limits)
+    return *apply(t, solution, weights, gradients, moments, methods), solution

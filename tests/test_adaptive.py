@@ -11,6 +11,7 @@ from networks import Model, Params, mlp
 
 import gsgd
 import gsgd.torch
+from gsgd.torch.engines import ArrayEngine
 
 METHODS: dict[str, Callable[..., Any]] = {
     "adam": lambda p, net, **o: gsgd.GAdam(p, net, lr=0.01, weight_decay=1e-3, decoupled=False, **o),
@@ -147,7 +148,7 @@ def give(parameters: list[tuple[str, torch.nn.Parameter]], grads: Params) -> Non
 @pytest.mark.parametrize("arrays", [False, True], ids=["core", "array operations"])
 def test_pytorch_takes_the_same_steps(method: str, arrays: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if arrays:
-        monkeypatch.setattr("gsgd.torch.optimizer._CoreEngine", gsgd.torch.optimizer._ArrayEngine)
+        monkeypatch.setattr("gsgd.torch.engines.CoreEngine", lambda *args: ArrayEngine(*args[:-1]))
     model = residual_model()
     params, parameters = model.copy(), named(model.params)
     opt, other = METHODS[method](params, model.net), TORCH_METHODS[method](parameters, model.net)
@@ -176,7 +177,7 @@ def test_pytorch_is_invariant_as_its_own_are_not_and_equal_to_them_without_units
     method: str, arrays: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if arrays:
-        monkeypatch.setattr("gsgd.torch.optimizer._CoreEngine", gsgd.torch.optimizer._ArrayEngine)
+        monkeypatch.setattr("gsgd.torch.engines.CoreEngine", lambda *args: ArrayEngine(*args[:-1]))
     model = residual_model()
     starts = [model.params, rescaled(model)]
 

@@ -6,7 +6,7 @@ import pytest
 
 import gsgd
 from gsgd import layout, stages
-from gsgd.rates import Rates
+from gsgd.methods import SGD
 
 
 @pytest.fixture
@@ -30,9 +30,9 @@ def test_a_step_on_strict_arrays_is_the_core_s(net: gsgd.Network) -> None:
     reference_scale = (*skeleton.tree_weights(params), np.ones(net.num_units))
     scale = stages.Scale(*(xp.asarray(np.append(x, 1.0)) for x in reference_scale))
     weights, gradients = ([xp.asarray(x.copy()) for x in arrays.values()] for arrays in (params, grads))
-    rates = [Rates(lr=0.01, momentum=0.9, weight_decay=1e-3, nesterov=True)] * len(params)
+    methods = [SGD(lr=0.01, momentum=0.9, weight_decay=1e-3, nesterov=True)] * len(params)
     moments = [(xp.zeros_like(w), None) for w in weights]
-    new, _, solution = stages.step(tables, scale, weights, gradients, gradients, None, moments, rates, 10.0, 1.0)
+    new, _, solution = stages.step(tables, scale, weights, gradients, gradients, None, moments, methods, 10.0, 1.0)
 
     opt = gsgd.GSGD(params, net, lr=0.01, momentum=0.9, weight_decay=1e-3, nesterov=True, scale="initial")
     opt.step(grads)

@@ -22,8 +22,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import gsgd
-import gsgd.torch.optimizer
+import gsgd.torch.engines.core
 from gsgd.torch import GSGD, GAdam, GRMSprop, trace, verify
+from gsgd.torch.engines import ArrayEngine
 
 Weights = dict[str, Tensor]
 
@@ -127,7 +128,7 @@ def make(model: nn.Module, **settings: Any) -> GSGD:
 def engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """By the C core, and as on other devices."""
     if request.param == "array":
-        monkeypatch.setattr(gsgd.torch.optimizer, "_CoreEngine", gsgd.torch.optimizer._ArrayEngine)
+        monkeypatch.setattr("gsgd.torch.engines.CoreEngine", lambda *args: ArrayEngine(*args[:-1]))
     return str(request.param)
 
 
@@ -268,15 +269,12 @@ needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA d
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_cuda)])
 @pytest.mark.parametrize(("dtype", "rtol"), [(torch.float32, 1e-4), (torch.float64, 1e-9)])
-def test_array_operations_take_the_same_steps(
-    monkeypatch: pytest.MonkeyPatch, device: str, dtype: torch.dtype, rtol: float
-) -> None:
+def test_array_operations_take_the_same_steps(device: str, dtype: torch.dtype, rtol: float) -> None:
     """With groups, gradients that come late and layers that are frozen later."""
     core, array = Net(dtype), Net(dtype).to(device)
     net = trace(core, example(dtype=dtype))
     optimizers = [GSGD(groups_of(core), lr=0.05, momentum=0.9, network=net)]
-    monkeypatch.setattr(gsgd.torch.optimizer, "_CoreEngine", gsgd.torch.optimizer._ArrayEngine)
-    optimizers.append(GSGD(groups_of(array), lr=0.05, momentum=0.9, network=net))
+    optimizers.append(GSGD(groups_of(array), lr=0.05, momentum=0.9, network=net, engine="array"))
     for step in range(5):
         backward(core, step)
         for (name, p), q in zip(core.named_parameters(), array.parameters(), strict=True):
@@ -294,12 +292,11 @@ def test_array_operations_take_the_same_steps(
 
 
 @pytest.mark.parametrize("mode", ["paper", "released"])
-def test_array_operations_approximate_batch_norm_alike(monkeypatch: pytest.MonkeyPatch, mode: str) -> None:
+def test_array_operations_approximate_batch_norm_alike(mode: str) -> None:
     models = [Net(), Net()]
     settings: dict[str, Any] = {"batch_norm": mode, "residual": "pin", "scale": "ones", "lr": 0.02}
     optimizers = [make(models[0], **settings)]
-    monkeypatch.setattr(gsgd.torch.optimizer, "_CoreEngine", gsgd.torch.optimizer._ArrayEngine)
-    optimizers.append(make(models[1], **settings))
+    optimizers.append(make(models[1], engine="array", **settings))
     for step in range(4):
         backward(models[0], step)
         for p, q in zip(*(model.parameters() for model in models), strict=True):
@@ -323,16 +320,15 @@ class NoDoubles(TorchDispatchMode):
         return out
 
 
-def test_a_device_without_float64(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_device_without_float64() -> None:
     models = [Net(torch.float32), Net(torch.float32)]
     net = trace(models[0], example())
     settings: dict[str, Any] = {"lr": 0.05, "momentum": 0.9, "network": net}
     optimizers = [GSGD(models[0], **settings)]
-    monkeypatch.setattr(gsgd.torch.optimizer, "_CoreEngine", gsgd.torch.optimizer._ArrayEngine)
     with NoDoubles(), pytest.raises(TypeError, match="no float64"):
         torch.ones(1, dtype=torch.float64)
     with NoDoubles():
-        optimizers.append(GSGD(models[1], **settings))
+        optimizers.append(GSGD(models[1], engine="array", **settings))
     for step in range(4):
         backward(models[0], step)
         for p, q in zip(*(model.parameters() for model in models), strict=True):
@@ -363,13 +359,14 @@ def test_a_step_stays_on_its_device(monkeypatch: pytest.MonkeyPatch, device: str
     monkeypatch.setattr(Tensor, "__getitem__", lambda x, ids: torch.ops.aten.index.Tensor(x, [ids]))
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
         tensors = {name: torch.empty(p.shape, device=device) for name, p in opt._tensors().items()}
-        engine = gsgd.torch.optimizer._ArrayEngine(opt.network, opt._coordinates, tensors)
+        engine = ArrayEngine(opt.network, opt._coordinates, tensors)
         gradients, momenta = ([torch.empty_like(p) for p in tensors.values()] for _ in range(2))
         for wait in (lambda p: p.sum().item(), lambda p: p.nonzero(), lambda p: p + torch.ones(p.shape)):
             with pytest.raises(RuntimeError):
                 wait(gradients[0])
-        rates, which, stats = [opt.rates(opt.param_groups[0], 1)], [0] * len(tensors), gsgd.optimizer.Stats()
-        engine.step(gradients, (momenta, [None] * len(tensors)), rates, which, (10.0, 1.0), 1, stats)
+        methods = [gsgd.methods.SGD(0.05, 0.9, True, 0.1)]
+        which, stats = [0] * len(tensors), gsgd.optimizer.Stats()
+        engine.step(gradients, (momenta, [None] * len(tensors)), methods, which, (10.0, 1.0), 1, stats)
     assert [id(t) for t in written] == [id(t) for t in (*engine.aliases, *momenta)]
     assert stats.clamped.device.type == device
 
@@ -410,9 +407,8 @@ class NoWaiting(TorchDispatchMode):
 
 
 def test_no_step_waits_for_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gsgd.torch.optimizer, "_CoreEngine", gsgd.torch.optimizer._ArrayEngine)
     model = Net()
-    opt = make(model, weight_decay=0.01, nesterov=True)
+    opt = make(model, weight_decay=0.01, nesterov=True, engine="array")
     train(model, opt, range(1))
     backward(model, 1)
 
@@ -1027,7 +1023,9 @@ REFUSED: dict[str, tuple[Callable[[nn.Module], Any], dict[str, Any], type[Except
     "rule": (named, {"rule": "other"}, ValueError, "rule"),
     "max_ratio": (named, {"max_ratio": 1.0}, ValueError, "max_ratio"),
     "clip_norm": (named, {"clip_norm": -1.0}, ValueError, "clip_norm"),
-    "leave_out": (named, {"leave_out": "fc"}, ValueError, "leave_out"),
+    "leave_out": (named, {"leave_out": "fc"}, ValueError, "leave_out: is for tracing"),
+    "residual": (lambda m: m, {"residual": "tie"}, ValueError, "residual: is for tracing"),
+    "batch_norm": (lambda m: m, {"batch_norm": "paper"}, ValueError, "batch_norm: is for tracing"),
     "threads": (named, {"threads": 0}, ValueError, "threads"),
 }
 
@@ -1233,7 +1231,7 @@ def test_a_plan_and_a_balanced_scale_are_made_once(rule: str, monkeypatch: pytes
     made: list[str] = []
     for module, name in (
         (gsgd.skeleton, "make_plan"),
-        (gsgd.torch.optimizer, "make_plan"),
+        (gsgd.torch.engines.core, "make_plan"),
         (gsgd.skeleton, "balanced_scale"),
     ):
         function = getattr(module, name)
@@ -1286,3 +1284,22 @@ def test_state_is_matched_by_names(engine: str) -> None:
         return model
 
     assert_same(resumed(1), weights(resumed(-1)))
+
+
+def test_engines() -> None:
+    """The option says which engine takes the steps, or why that can't be; printing tells."""
+    model = Net(torch.float32)
+    named = list(model.named_parameters())
+    net = trace(model, example(dtype=torch.float32))
+    for option, name in (("auto", "core"), ("core", "core"), ("array", "array")):
+        opt = GSGD(named, network=net, engine=option)  # type: ignore[arg-type]
+        assert opt.engine == copy.deepcopy(opt).engine == name
+        assert f"engine: {name}\n" in repr(opt)
+    with pytest.raises(ValueError, match="engine 'triton'"):
+        GSGD(named, network=net, engine="triton")
+    with pytest.raises(ValueError, match="engine: expected 'auto'"):
+        GSGD(named, network=net, engine="cuda")  # type: ignore[arg-type]
+    half = [(name, p.detach().bfloat16().requires_grad_()) for name, p in named]
+    assert GSGD(half, network=net).engine == "array"
+    with pytest.raises(ValueError, match=r"engine 'core': .* is of torch.bfloat16 on cpu"):
+        GSGD(half, network=net, engine="core")

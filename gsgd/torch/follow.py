@@ -203,7 +203,6 @@ class Follow(TorchFunctionMode):
         made_of = max((self.kind(t) for t in tensors[name in LIKE :]), default=Kind.FIXED)
         if name.strip("_") in DRAWING:
             made_of = max(made_of, Kind.VARYING)
-        self.before(tensors)
         out, self.written = call(self.kind, func, name, args, kwargs, self.real)
         results = tensors_in(out)
         if not self.real and made_of is Kind.REAL:  # what is known all the same was made of nothing else
@@ -216,9 +215,6 @@ class Follow(TorchFunctionMode):
         if out is None or not all(isinstance(leaf, _LITERALS) for leaf in tree_leaves(out)):
             self.see(func, args, kwargs, out)
         return out
-
-    def before(self, tensors: list[Tensor]) -> None:
-        """A call will read these."""
 
 
 class _Guard(TorchDispatchMode):  # type: ignore[no-untyped-call]

@@ -88,7 +88,7 @@ def record(model: nn.Module, names: Mapping[str, str], given: Arguments | None, 
         model, {first.calls[i].line: None for i in sorted(asks) if not _lies_in(first.calls[i].module, left_out)}
     )
     live = _live(first, used)
-    reads = Counter(t for i in live for t in first.calls[i].reads)
+    reads = Counter(t for i in live for t in first.calls[i].counted)
     shared = shared_parameters(model)
     parameters = {id(p): names[name] for name, p in ghost.named_parameters() if name not in shared}
     return Recording(ghost, real, parameters, inputs, live, reads)
@@ -199,6 +199,7 @@ class _Call:
     module: str
     line: str
     reads: list[int]
+    counted: list[int]  # what is read, if only by a view of it; taking a view is no reading
     read_storages: set[int]
     results: set[int]
     written: set[int]
@@ -235,14 +236,17 @@ class _Run(Follow):
         reads, results = tensors_in(given), tensors_in(out)
         if name.endswith("="):  # a property is set
             results += reads[:1]
-        if not self.originals.isdisjoint(map(id, reads)):
+        if not self.originals.isdisjoint(id(_base(t)) for t in reads):
             raise ValueError("forward refers to the original model, by a closure: it must read parameters through self")
         self.alive += reads + results
+        viewed = {id(_base(t)) for t in results}
+        views = viewed if len(viewed) == 1 and all(t._base is not None for t in results) else set()
         call = _Call(
             name,
             self.path[-1] if self.path else "",
             self.line,
             list(map(id, reads)),
+            [id(_base(t)) for t in reads if id(_base(t)) not in views],
             set(map(storage_of, reads)),
             set(map(id, results)),
             set(map(storage_of, self.written)),
@@ -253,6 +257,11 @@ class _Run(Follow):
 
     def finish(self, model: nn.Module, outputs: list[Tensor]) -> None:
         self.ends = outputs + [t for module in model.modules() for t in own_tensors(module)]
+
+
+def _base(t: Tensor) -> Tensor:
+    """What `t` is a view of, or `t`."""
+    return t if t._base is None else t._base
 
 
 def _differ(one: _Run, other: _Run) -> bool:

@@ -17,10 +17,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from gsgd.blocks import Dim, Part
 from gsgd.network import BatchNormMode, Features
 from gsgd.torch.follow import name_of
 from gsgd.torch.values import Kind, is_continuous, tensors_in
+from gsgd.trace import rules
 from gsgd.trace.nodes import Algebra, Nodes, NotUnderstood, along, compact
+from gsgd.trace.rules import Operand
+from gsgd.trace.weights import Labels
 
 
 class Run(Protocol):
@@ -42,17 +46,70 @@ class Run(Protocol):
     def kind(self, t: Tensor) -> Kind:
         """Whether its values are the same in every pass."""
 
-    def is_zero(self, value: Any) -> bool:
-        """A number that is 0, or a tensor that was in every pass, before the call."""
+    def why_not_described(self, t: Any) -> str:
+        """Why a parameter, or a view of one, can't be described; nothing for others and for those that can."""
+
+    def operand(self, value: Any) -> Operand:
+        """A tensor or a number."""
+
+    def moved(self, t: Tensor, views: list[Tensor]) -> None:
+        """If `t` is a parameter, so are its views."""
 
 
 # rules that are told the result, and the arguments as they were given
 
 
+def contracted(
+    run: Run, out: Tensor, a: Tensor, a_labels: Labels, b: Tensor, b_labels: Labels, labels: Labels
+) -> Nodes:
+    """A sum of products, with dimensions labelled as in einsum."""
+    why = [run.why_not_described(t) for t in (a, b)]
+    operands = [run.operand(t) for t in (a, b)]
+    otherwise = why[1] or why[0] or "by a feature"
+    return rules.contract(run.on, operands[0], a_labels, operands[1], b_labels, labels, out.shape, otherwise)
+
+
 def linear(run: Run, out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Nodes:
-    name = run.weight(weight)
-    features = run.on.read_flattened(run.nodes(x), -1)
-    return written(run, run.on.net.dense(name, features, weight.shape[0], bias=run.described(bias)), bias, -1, out)
+    batch = range(-x.ndim + 1, 0)
+    row = ("row",) * (weight.ndim - 1)
+    nodes = contracted(run, out, x, (*batch, "column"), weight, (*row, "column"), (*batch, *row))
+    if bias is None:
+        return nodes
+    name = run.described(bias)
+    if name is None:
+        return written(run, run.on.net.features(nodes[0]), bias, -1, out)
+    if run.operand(weight).weight is None:
+        return rules.add(run.on, Operand(nodes), run.operand(bias))
+    return along(run.on.net.bias(name, run.on.read(nodes, -1)).per_feature, -1, out.shape)
+
+
+def matmul(run: Run, out: Tensor, a: Tensor, other: Tensor) -> Nodes:
+    row, column = ("row",) * (a.ndim > 1), ("column",) * (other.ndim > 1)
+    batch = [range(-t.ndim + 2, 0) for t in (a, other)]
+    labels = (*max(batch, key=len), *row, *column)
+    return contracted(run, out, a, (*batch[0], *row, "sum"), other, (*batch[1], "sum", *column), labels)
+
+
+def add_matmul(run: Run, out: Tensor, x: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float = 1) -> Nodes:
+    return rules.add(run.on, run.operand(x), Operand(matmul(run, out, a, b)))
+
+
+def einsum(run: Run, out: Tensor, equation: str, *operands: Any) -> Nodes:
+    tensors = list(operands[0]) if len(operands) == 1 and not isinstance(operands[0], Tensor) else list(operands)
+    if not isinstance(equation, str) or len(tensors) != 2:
+        raise NotUnderstood("of this form")
+    given, _, result = equation.replace(" ", "").partition("->")
+    terms = given.split(",")
+    if "->" not in equation:
+        letters = [c for c in sorted(set(given) - set(",.")) if given.count(c) == 1]
+        result = "..." * ("..." in given) + "".join(letters)
+
+    def labels(term: str, ndim: int) -> Labels:
+        before, dots, after = term.partition("...")
+        return (*before, *range(len(before) + len(after) - ndim, 0), *after) if dots else tuple(term)
+
+    (a, b), (x, y) = tensors, terms
+    return contracted(run, out, a, labels(x, a.ndim), b, labels(y, b.ndim), labels(result, out.ndim))
 
 
 def convolution(
@@ -88,7 +145,11 @@ def convolved(
     run: Run, out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, groups: int, letters: str
 ) -> Nodes:
     spatial = weight.ndim - 2
-    name, dim = run.weight(weight), -spatial - 1
+    dim = -spatial - 1
+    if run.described(weight) is None and bias is None and run.on.is_pinned(run.nodes(weight)):
+        why = run.why_not_described(weight) or "by constants"
+        return rules.by_constants(run.on, run.nodes(x), dim, groups, dim, out.shape[dim], out.shape, why)
+    name = run.weight(weight)
     y = run.on.net.conv(
         name,
         run.on.read(run.nodes(x), dim),
@@ -174,18 +235,18 @@ def group_norm(
     return affine(run, out, x, weight, bias, 1)
 
 
-def matmul(run: Run, out: Tensor, a: Tensor, other: Tensor) -> Nodes:
-    if a.ndim < 2 or other.ndim < 2:
-        raise NotUnderstood("by a vector")
-    name = run.described(other)
-    if name is not None and other.ndim == 2 and other.numel():
-        features = run.on.read_flattened(run.nodes(a), -1)
-        return written(run, run.on.net.dense(name, features, other.shape[1], layout="io"), None, -1, out)
-    batch = tuple(out.shape[:-2])
-    factors = [np.broadcast_to(run.nodes(t), (*batch, *t.shape[-2:])) for t in (a, other)]
-    n = len(batch)
-    summed, same = ((n + 1,), (n,)), (range(n), range(n))
-    return run.on.matmul(out.shape, (factors[0], factors[1]), summed, same, "by a feature")
+def instance_norm(
+    run: Run,
+    out: Tensor,
+    x: Tensor,
+    running_mean: Any = None,
+    running_var: Any = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *_: Any,
+    **options: Any,
+) -> Nodes:
+    return affine(run, out, x, weight, bias, 1)
 
 
 def attention(
@@ -209,6 +270,62 @@ def attention(
     return np.broadcast_to(nodes, out.shape)
 
 
+def multi_head_attention(
+    run: Run,
+    out: tuple[Tensor, Tensor | None],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    embed_dim_to_check: int,
+    num_heads: int,
+    in_proj_weight: Tensor | None,
+    in_proj_bias: Tensor | None,
+    bias_k: Tensor | None,
+    bias_v: Tensor | None,
+    add_zero_attn: bool,
+    dropout_p: float,
+    out_proj_weight: Tensor,
+    out_proj_bias: Tensor | None,
+    *_: Any,
+    q_proj_weight: Tensor | None = None,
+    k_proj_weight: Tensor | None = None,
+    v_proj_weight: Tensor | None = None,
+    attn_mask: Tensor | None = None,
+    static_k: Tensor | None = None,
+    static_v: Tensor | None = None,
+    **options: Any,
+) -> list[Nodes]:
+    """Three projections by one matrix or three, sums of values over positions, and a fourth projection."""
+    on, net, width = run.on, run.on.net, embed_dim_to_check
+    biases = [bias for bias in (in_proj_bias, bias_v, out_proj_bias) if bias is not None]
+    if static_k is not None or static_v is not None or not all(map(run.described, biases)):
+        raise NotUnderstood("of this form")
+    own = [q_proj_weight, k_proj_weight, v_proj_weight] if in_proj_weight is None else [in_proj_weight]
+    names, last = [run.weight(w) for w in own], run.weight(out_proj_weight)
+    read = [on.read(run.nodes(t), -1) for t in (query, key, value)]
+    if in_proj_weight is None:
+        projected = [net.dense(name, x, width).per_feature for name, x in zip(names, read, strict=True)]
+    else:
+        projected = np.split(net.nodes.new(3 * width, names[0]), 3)
+        none, dims = Dim(), (Dim(width, 0, 1), Dim(in_proj_weight.shape[1], 1, 1))
+        parts = [
+            Part((none, *dims, none, none, none), (0, i * width), rows, x.per_feature)
+            for i, (rows, x) in enumerate(zip(projected, read, strict=True))
+        ]
+        net.edges(names[0], "dense", tuple(in_proj_weight.shape), *parts)
+    if in_proj_bias is not None:
+        net.bias(run.weight(in_proj_bias), net.features(np.concatenate(projected)))
+    reason, values = f"{run.current}: as its weights", projected[2]
+    on.pin(np.concatenate(projected[:2]), reason)
+    if attn_mask is not None:
+        on.pin(run.nodes(attn_mask), reason)
+    if bias_v is not None:  # the value of one more position
+        values = rules.add(on, Operand(values), run.operand(bias_v)).reshape(-1)
+    y = net.dense(last, net.features(values), width, bias=run.described(out_proj_bias))
+    weights = [] if out[1] is None else [on.fill(out[1].shape, int(projected[0][0]))]
+    return [along(y.per_feature, -1, out[0].shape), *weights]
+
+
 def same(run: Run, out: Any, x: Tensor, *_: Any, **options: Any) -> Nodes:
     return run.nodes(x)
 
@@ -217,13 +334,17 @@ def make(run: Run, out: Tensor, *_: Any, **options: Any) -> Nodes:
     return run.on.fill(out.shape)
 
 
+def zeros(run: Run, out: Tensor, *_: Any, **options: Any) -> Nodes:
+    return run.on.zero(out.shape)
+
+
 def prelu(run: Run, out: Tensor, x: Tensor, weight: Tensor) -> Nodes:
     run.on.pin(run.nodes(weight), f"{run.current}: as its slope")
     return run.nodes(x)
 
 
 def interpolate(run: Run, out: Tensor, x: Tensor, *_: Any, **options: Any) -> Nodes:
-    return run.on.pool(run.nodes(x), range(2, out.ndim), out.shape)
+    return rules.pool(run.on, run.nodes(x), range(2, out.ndim), out.shape)
 
 
 def reduce(run: Run, out: Any, x: Tensor, dim: Any = None, *_: Any, axis: Any = None, **options: Any) -> Nodes:
@@ -238,8 +359,7 @@ def extremum(run: Run, out: Any, a: Tensor, other: Any = None, *more: Any, **opt
     """Of two tensors, or of one along a dimension."""
     if not isinstance(other, Tensor):
         return reduce(run, out, a, **options) if other is None else reduce(run, out, a, other, *more, **options)
-    p, q = pair(run, a, other)
-    return p if run.is_zero(other) else run.on.choose(p, q)
+    return np.broadcast_to(rules.choose(run.on, run.nodes(a), run.nodes(other)), out.shape)
 
 
 def pad(run: Run, out: Tensor, x: Tensor, pad: Any, mode: str = "constant", value: float | None = None) -> Nodes:
@@ -253,41 +373,60 @@ def pad(run: Run, out: Tensor, x: Tensor, pad: Any, mode: str = "constant", valu
             shape = (*nodes.shape[:d], out.shape[d], *nodes.shape[d + 1 :])
             nodes = np.broadcast_to(run.on.collapse(nodes, [d]), shape)
         elif before or after:
-            nodes = run.on.pad(nodes, d, before, after)
+            nodes = rules.pad(run.on, nodes, d, before, after)
     return nodes
 
 
-def pair(run: Run, a: Tensor, b: Tensor) -> tuple[Nodes, Nodes]:
-    shape = np.broadcast_shapes(a.shape, b.shape)
-    return np.broadcast_to(run.nodes(a), shape), np.broadcast_to(run.nodes(b), shape)
-
-
 def add(run: Run, out: Tensor, a: Any, other: Any, **options: Any) -> Nodes:
-    for x, y in ((a, other), (other, a)):
-        if not isinstance(y, Tensor):
-            if y != 0:
-                raise NotUnderstood("of a constant")
-            return run.nodes(x)
-    p, q = pair(run, a, other)
-    if run.on.is_constant(p) or run.on.is_constant(q):
-        raise NotUnderstood("of a constant")
-    return run.on.add(p, q)
+    return rules.add(run.on, run.operand(a), run.operand(other))
 
 
 def multiply(run: Run, out: Tensor, a: Any, other: Any) -> Nodes:
-    if not isinstance(other, Tensor):
-        return run.nodes(a)
-    return run.on.multiply(*pair(run, a, other)) if isinstance(a, Tensor) else run.nodes(other)
+    return rules.multiply(run.on, run.operand(a), run.operand(other))
 
 
 def divide(run: Run, out: Tensor, a: Any, other: Any, rounding_mode: str | None = None) -> Nodes:
-    if rounding_mode is not None or not isinstance(a, Tensor):
+    if rounding_mode is not None:
         raise NotUnderstood
-    return run.on.multiply(*pair(run, a, other), divide=True) if isinstance(other, Tensor) else run.nodes(a)
+    return rules.divide(run.on, run.operand(a).nodes, run.operand(other).nodes)
+
+
+def compare(run: Run, out: Tensor, a: Any, other: Any) -> list[Nodes]:
+    rules.compare(run.on, run.operand(a).nodes, run.operand(other).nodes)
+    return []  # it is none of real numbers
+
+
+def unchanged(run: Run, out: Tensor, x: Tensor) -> Nodes | list[Nodes]:
+    """No rescaling changes it."""
+    return run.on.fill(out.shape) if is_continuous(out) else []
+
+
+def where(run: Run, out: Tensor, condition: Tensor, a: Any, other: Any) -> Nodes:
+    if is_continuous(condition):
+        raise NotUnderstood
+    return np.broadcast_to(rules.choose(run.on, run.operand(a).nodes, run.operand(other).nodes), out.shape)
+
+
+def masked_fill(run: Run, out: Tensor, x: Tensor, mask: Tensor, value: Any) -> Nodes:
+    return where(run, out, mask, x, value)
+
+
+def set_item(run: Run, out: None, x: Tensor, index: Any, value: Any) -> list[Nodes]:
+    """Zeros in some places."""
+    if not run.on.is_zero(run.operand(value).nodes):
+        raise NotUnderstood
+    return []
+
+
+def threshold(run: Run, out: Tensor, x: Tensor, threshold: Any, value: Any, inplace: bool = False) -> Nodes:
+    if threshold != 0 or value != 0:
+        raise NotUnderstood
+    return run.nodes(x)
 
 
 def clamp(run: Run, out: Tensor, x: Tensor, min: Any = None, max: Any = None) -> Nodes:
-    if not run.is_zero(min) or not (max is None or (isinstance(max, float) and max == float("inf"))):
+    no_bound = not isinstance(max, Tensor) and max in (None, float("inf"))
+    if min is None or not run.on.is_zero(run.operand(min).nodes) or not no_bound:
         raise NotUnderstood
     return run.nodes(x)
 
@@ -300,6 +439,9 @@ def rearrange(run: Run, func: Callable[..., Any], args: Any, kwargs: Any, out: A
         raise NotUnderstood("reinterpreted as another dtype")
     if not any(map(is_continuous, tensors_in(out))):  # indices, which may have the shape of a value
         return []
+    found = [t for t in tensors_in((args, kwargs)) if is_continuous(t)]
+    if len(found) == 1:
+        run.moved(found[0], tensors_in(out))
     # a view of the value may need a copy of its nodes, which have strides of their own
     copying: dict[str, Callable[..., Any]] = {"view": Tensor.reshape, "view_as": Tensor.reshape_as}
     func = copying.get(name_of(func), func)
@@ -360,7 +502,7 @@ def gather(run: Run, out: Tensor, x: Tensor, dim: int, index: Tensor, **options:
     nodes = run.nodes(x)
     dim %= nodes.ndim
     nodes = nodes[tuple(slice(None) if d == dim else slice(0, n) for d, n in enumerate(out.shape))]
-    return run.on.pool(nodes, [dim], out.shape)
+    return rules.pool(run.on, nodes, [dim], out.shape)
 
 
 def scatter(run: Run, out: Tensor, x: Tensor, dim: int, index: Tensor, src: Any, **options: Any) -> Nodes:
@@ -374,8 +516,8 @@ def scatter(run: Run, out: Tensor, x: Tensor, dim: int, index: Tensor, src: Any,
     nodes, dim = run.nodes(src), dim % out.ndim
     if any(nodes.shape[d] != n for d, n in enumerate(out.shape) if d != dim):
         raise NotUnderstood("of a part")
-    nodes = run.on.pool(nodes, [dim], out.shape)
-    return nodes if run.is_zero(x) else run.on.choose(run.on.pool(run.nodes(x), [dim], out.shape), nodes)
+    before, added = (rules.pool(run.on, found, [dim], out.shape) for found in (run.nodes(x), nodes))
+    return rules.choose(run.on, before, added)
 
 
 def scatter_reduce(
@@ -404,7 +546,7 @@ def _made(rule: Callable[..., Any]) -> Rule:
 def _pooled(spatial: int) -> Rule:
     def apply(run: Run, func: Callable[..., Any], args: Any, kwargs: Any, out: Any) -> Any:
         nodes = run.nodes(args[0])
-        return run.on.pool(nodes, range(nodes.ndim - spatial, nodes.ndim), tensors_in(out)[0].shape)
+        return rules.pool(run.on, nodes, range(nodes.ndim - spatial, nodes.ndim), tensors_in(out)[0].shape)
 
     return apply
 
@@ -430,16 +572,27 @@ ELEMENTWISE: dict[str, Rule] = {
     **dict.fromkeys(("mul", "multiply"), _made(multiply)),
     **dict.fromkeys(("index_add", "scatter", "scatter_add"), _made(scatter)),
     "scatter_reduce": _made(scatter_reduce),
+    "masked_fill": _made(masked_fill),
+    **dict.fromkeys(("_threshold", "threshold"), _made(threshold)),
 }
 RULES: dict[str, Rule] = {
     "gather": _made(gather),
     "batch_norm": _normalized,
     **dict.fromkeys((f"conv{n}d" for n in (1, 2, 3)), _made(convolution)),
     **dict.fromkeys((f"conv_transpose{n}d" for n in (1, 2, 3)), _made(transposed_convolution)),
+    "__setitem__": _made(set_item),
+    **dict.fromkeys(("eq", "ge", "greater", "greater_equal", "gt", "le", "less", "less_equal", "lt", "ne", "not_equal"),
+                    _made(compare)),
+    **dict.fromkeys(("isfinite", "isinf", "isnan", "sgn", "sign", "signbit"), _made(unchanged)),
+    "where": _made(where),
     "group_norm": _made(group_norm),
+    "instance_norm": _made(instance_norm),
     "layer_norm": _made(layer_norm),
     "linear": _made(linear),
     **dict.fromkeys(("__matmul__", "bmm", "matmul", "mm"), _made(matmul)),
+    **dict.fromkeys(("addmm", "baddbmm"), _made(add_matmul)),
+    "einsum": _made(einsum),
+    "multi_head_attention_forward": _made(multi_head_attention),
     "pad": _made(pad),
     "prelu": _made(prelu),
     "rms_norm": _made(rms_norm),
@@ -456,9 +609,10 @@ RULES: dict[str, Rule] = {
     },
     # of an argument only its shape and dtype are used
     **dict.fromkeys((
-        "empty_like", "full_like", "new_empty", "new_full", "new_ones", "new_zeros", "ones_like", "rand_like",
-        "randint_like", "randn_like", "zeros_like",
+        "empty_like", "full_like", "new_empty", "new_full", "new_ones", "ones_like", "rand_like", "randint_like",
+        "randn_like",
     ), _made(make)),
+    **dict.fromkeys(("new_zeros", "zeros_like"), _made(zeros)),
     # each element of the result is an element of an argument
     **dict.fromkeys((
         "T", "__getitem__", "broadcast_to", "cat", "channel_shuffle", "chunk", "concat", "concatenate", "dsplit",

@@ -27,6 +27,8 @@ from gsgd.torch.rules import find_rule
 from gsgd.torch.values import Kind, is_continuous, storage_of, tensors_in
 from gsgd.trace.names import match
 from gsgd.trace.nodes import Algebra, Nodes, NotUnderstood, along, expanded
+from gsgd.trace.rules import Operand
+from gsgd.trace.weights import weight_view
 
 
 def trace(
@@ -158,7 +160,7 @@ class _Describe(Follow):
         self.calls = 0
         self.known: dict[int, tuple[Tensor, Nodes]] = {}  # id -> the value, kept alive, and its nodes
         self.values_in: Counter[int] = Counter()  # storage -> how many values that are known lie in it
-        self.zeros: set[int] = set()  # ids of what was 0 before the call
+        self.views: dict[int, Tensor] = {}  # id of a view -> its parameter
         self.reasons: dict[str, str] = {}  # of parameters: what reads them first
         self.follow(recording.ghost, *recording.inputs)
 
@@ -169,13 +171,34 @@ class _Describe(Follow):
             return self.known[id(t)][1]
         if self.kind(t) is Kind.REAL:
             raise ValueError(OUT_OF_SIGHT)
-        return self.on.fill(t.shape)
+        self.know(t, self.constant(t))
+        return self.known[id(t)][1]
 
-    def know(self, t: Tensor, nodes: Nodes) -> None:
+    def constant(self, t: Tensor) -> Nodes:
+        """The nodes of a value that depends on no feature."""
+        zero = is_continuous(t) and self.kind(t) is Kind.FIXED and not t.is_meta and t.numel() > 0 and not t.any()
+        return self.on.zero(t.shape) if zero else self.on.fill(t.shape)
+
+    def operand(self, value: Any) -> Operand:
+        """A tensor or a number."""
+        if not isinstance(value, Tensor):
+            return Operand(self.on.fill(()) if value else self.on.zero(()))
+        p = self.views.get(id(value), value)
+        name = self.described(p)
+        own = None if name is None else weight_view(name, p.shape, p.stride(), value.shape, value.stride())
+        return Operand(self.nodes(value), own)
+
+    def moved(self, t: Tensor, views: list[Tensor]) -> None:
+        """If `t` is a parameter, so are its views."""
+        p = self.views.get(id(t), t)
+        if id(p) in self.parameters:
+            self.views.update((id(view), p) for view in views if view._base is p)
+
+    def know(self, t: Tensor, nodes: Nodes, anew: bool = False) -> None:
         if id(t) not in self.known:
             self.values_in[storage_of(t)] += 1
-        elif not (id(t) in self.zeros and self.values_in[storage_of(t)] == 1):  # zeros scale as anything
-            before = self.known[id(t)][1]  # made in place: what views of it were taken to be must stay true
+        elif not anew:  # made in place: what views of it were taken to be must stay true
+            before = self.known[id(t)][1]
             if before.shape == nodes.shape:
                 self.on.tie(before, nodes)
         self.known[id(t)] = (t, expanded(nodes))
@@ -188,7 +211,7 @@ class _Describe(Follow):
     def enter(self, tensors: list[Tensor]) -> None:
         super().enter(tensors)
         for t in tensors:
-            self.know(t, self.on.fill(t.shape))
+            self.know(t, self.constant(t))
 
     def leave(self, name: str, out: Any) -> None:
         super().leave(name, out)
@@ -211,22 +234,19 @@ class _Describe(Follow):
     def weight(self, t: Any) -> str:
         name = self.described(t)
         if name is None:
-            if id(t) in self.parameters:
-                raise NotUnderstood(f"its weight {self.parameters[id(t)]} is read {self.reads[id(t)]} times")
-            raise NotUnderstood("its weight is computed, or shares its memory")
+            raise NotUnderstood(self.why_not_described(t) or "its weight is computed, or shares its memory")
         if not t.numel():
             raise NotUnderstood("its weight has no entries")
         return name
 
-    def is_zero(self, value: Any) -> bool:
-        """A number that is 0, or a tensor that was in every pass."""
-        return id(value) in self.zeros if isinstance(value, Tensor) else value is not None and value == 0
+    def why_not_described(self, t: Any) -> str:
+        """Why a parameter, or a view of one, can't be described; nothing for others and for those that can."""
+        p = self.views.get(id(t), t)
+        if id(p) not in self.parameters or self.described(p) is not None:
+            return ""
+        return f"its weight {self.parameters[id(p)]} is read {self.reads[id(p)]} times"
 
     # operations
-
-    def before(self, tensors: list[Tensor]) -> None:
-        fixed = [t for t in tensors if is_continuous(t) and self.kind(t) is Kind.FIXED]
-        self.zeros = {id(t) for t in fixed if not t.any()}
 
     def is_next_live(self) -> bool:
         self.calls += 1
@@ -244,31 +264,40 @@ class _Describe(Follow):
         reads = [t for t in tensors_in((args, kwargs)) if is_continuous(t)]
         results = [t for t in tensors_in(out) if is_continuous(t)]
         reason = self.current
+        # zeros that nothing else views scale as what is written to them
+        anew = {id(t) for t in reads if self.on.is_zero(self.nodes(t)) and self.values_in[storage_of(t)] == 1}
         try:
             if not torch.is_grad_enabled():
                 raise NotUnderstood("without gradients")
             if kwargs.get("out") is not None:
                 raise NotUnderstood("out=")
-            made = self.describe(func, args, kwargs, out)
+            made = self.describe(func, args, kwargs, out, reads, results)
             nodes = list(made) if isinstance(made, tuple | list) else [made]
             if [n.shape for n in nodes] != [t.shape for t in results]:
                 raise NotUnderstood("an unexpected result")
+            if name_of(func).endswith("_") and results and nodes[0] is not self.nodes(args[0]):
+                self.on.overwrite(self.nodes(args[0]))
         except NotUnderstood as why:
             reason = f"{self.current}: {why}".removesuffix(": ")
             for t in reads:
                 self.on.pin(self.nodes(t), reason)
             node = int(self.net.input(1, reason).per_feature[0]) if reads and results else None
             nodes = [self.on.fill(t.shape, node) for t in results]
-        for t in reads:
-            if id(t) in self.parameters:
-                self.reasons.setdefault(self.parameters[id(t)], reason)
+        for p in (self.views.get(id(t), t) for t in reads):
+            if id(p) in self.parameters and not (results and all(id(t) in self.views for t in results)):
+                self.reasons.setdefault(self.parameters[id(p)], reason)
         for t, n in zip(results, nodes, strict=True):
-            self.know(t, n)
+            self.know(t, n, id(t) in anew)
         for t in tensors_in(out):
             self.known.setdefault(id(t), (t, self.on.fill(t.shape)))  # indices and masks
 
-    def describe(self, func: Callable[..., Any], args: Any, kwargs: Any, out: Any) -> Any:
+    def describe(
+        self, func: Callable[..., Any], args: Any, kwargs: Any, out: Any, reads: list[Tensor], results: list[Tensor]
+    ) -> Any:
         """The nodes of what `func` returns (of its real or complex tensors)."""
+        memory = {storage_of(t) for t in reads}
+        if all(self.kind(t) is Kind.FIXED and storage_of(t) not in memory for t in results) and results:
+            return [self.constant(t) for t in results]
         rule = find_rule(name_of(func))
         if rule is None:
             raise NotUnderstood
