@@ -236,7 +236,7 @@ class _Run(Follow):
         reads, results = tensors_in(given), tensors_in(out)
         if name.endswith("="):  # a property is set
             results += reads[:1]
-        if not self.originals.isdisjoint(id(_base(t)) for t in reads):
+        if not self.originals.isdisjoint(map(id, reads)):
             raise ValueError("forward refers to the original model, by a closure: it must read parameters through self")
         self.alive += reads + results
         viewed = {id(_base(t)) for t in results}

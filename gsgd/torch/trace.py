@@ -229,7 +229,7 @@ class _Describe(Follow):
 
     def described(self, t: Any) -> str | None:
         """The name under which a parameter can be described: nothing else may read it."""
-        return self.parameters[id(t)] if id(t) in self.parameters and self.reads[id(t)] == 1 else None
+        return self.parameters[id(t)] if id(t) in self.parameters and not self.why_not_described(t) else None
 
     def weight(self, t: Any) -> str:
         name = self.described(t)
@@ -242,9 +242,12 @@ class _Describe(Follow):
     def why_not_described(self, t: Any) -> str:
         """Why a parameter, or a view of one, can't be described; nothing for others and for those that can."""
         p = self.views.get(id(t), t)
-        if id(p) not in self.parameters or self.described(p) is not None:
+        if id(p) not in self.parameters:
             return ""
-        return f"its weight {self.parameters[id(p)]} is read {self.reads[id(p)]} times"
+        what = f"its weight {self.parameters[id(p)]} is"
+        if not p.is_floating_point():
+            return f"{what} not of real numbers"
+        return f"{what} read {self.reads[id(p)]} times" if self.reads[id(p)] != 1 else ""
 
     # operations
 
