@@ -100,6 +100,7 @@ def train(command: str, options: argparse.Namespace, out: Path) -> str:
         report.against_setting(rows, plan.x_label, title, out / "figure.png")
     elif plan.by_rate:
         report.against_rate(runs, rows, out / "figure.png")
+        report.against_start(runs, rows, out / "starts.png")
     else:
         report.curves(rows, title, out / "figure.png")
     head = f"{title}.\nTraining loss after the last epoch (nats), test error: mean ± standard deviation over seeds."

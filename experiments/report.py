@@ -162,7 +162,9 @@ def summary(runs: Sequence[Run], rows: Sequence[Row]) -> str:
                 pairs = [list(zip(*pair, strict=True)) for pair in zip(ours, plain, strict=True)]
                 differences = [interval([a - b for a, b in pair]) for pair in pairs]
             end = own[best(own)]
-            cells = [spread(ours[0]), differences[0], spread(ours[1]), differences[1], f"{best(own):g}"]
+            diverged = loss_of(end) == math.inf
+            cells = ["diverged" if diverged else spread(ours[0]), differences[0], spread(ours[1]), differences[1]]
+            cells.append("" if diverged else f"{best(own):g}")
             cells += [spread([100 * row["test_error"] for row in end], " %"), spread([r["test_loss"] for r in end])]
             cells.append(f"{mean(row['clamped'] for row in end):g}")
             lines.append(f"| {name} | {' | '.join(cells)} |")
@@ -195,6 +197,44 @@ def against_rate(runs: Sequence[Run], rows: Sequence[Row], path: Path) -> None:
             panel.legend(frameon=False, fontsize="x-small")
         if row == 0:
             panel.set_title(setting.replace("; ", "\n"), fontsize="small")
+    save(figure, path)
+
+
+def against_start(runs: Sequence[Run], rows: Sequence[Row], path: Path) -> None:
+    """What one function is trained to from its own weights and from rescaled ones, by the optimizers as they are."""
+    final = final_rows(rows)
+    chosen = {(run.setting, run.name): run for run in runs}
+    tasks = list(dict.fromkeys(run.setting.split("; ")[0] for run in runs))
+    families = list(dict.fromkeys(run.method.family for run in runs))
+    figure = Figure(figsize=(4.4 * len(families), 3.2 * len(tasks) + 0.4), layout="constrained")
+    panels = figure.subplots(len(tasks), len(families), squeeze=False)
+    for (row, task), (column, family) in product(enumerate(tasks), enumerate(families)):
+        panel = panels[row, column]
+        for (setting, name), run in chosen.items():
+            own, start = setting.split("; ")
+            if (
+                own != task
+                or run.method.family != family
+                or run.method.balance is not None
+                or run.method.options.get("rule")
+            ):
+                continue
+            losses = over_seeds(final[setting, name], run)
+            width = {0: 1.5, 1: 2.5, 2: 3.5}[int(run.task.rescaled)]
+            dashes = {0: "-", 1: "--", 2: ":"}[int(run.task.rescaled)]
+            style = {
+                **_role(name, run),
+                "linestyle": dashes,
+                "linewidth": width,
+                "marker": "",
+                "label": f"{name}, {start}",
+            }
+            panel.plot(sorted(final[setting, name]), [mean(x) for x in losses], **style)
+        panel.set(xscale="log", yscale="log", xlabel="learning rate", ylabel="training loss (nats)", title=task)
+        panel.yaxis.set_major_formatter("{x:g}")
+        panel.yaxis.set_minor_formatter("")
+        panel.grid(alpha=0.25)
+        panel.legend(frameon=False, fontsize="x-small")
     save(figure, path)
 
 
