@@ -109,7 +109,7 @@ def train(command: str, options: argparse.Namespace, out: Path) -> str:
     left = f"This protocol ({options.protocol}) leaves out: {scale.leaves_out}."
     if changed:
         left += f" Changed here: {', '.join(changed)}."
-    best = f"\n\n{report.summary(runs, rows)}" if plan.by_rate else ""
+    best = f"\n\n{report.overview(runs, rows)}\n\n{report.summary(runs, rows)}" if plan.by_rate else ""
     size = f"\n\n{counts(scale.widths)}" if command == "invariance" else ""
     text = f"{head}\n{left}{size}{best}\n\n{report.table(runs, rows)}\n"
     if {run.name for run in runs} >= {name for pair in report.GAINS.values() for name in pair}:

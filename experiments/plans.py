@@ -226,7 +226,7 @@ def paper_5_1(scale: Scale, folder: Path) -> Tasks:
 
 def from_starts(name: str, task: Task, scale: Scale, lines: Mapping[str, Method]) -> Tasks:
     """A start; and rescaled copies of it for what depends on the scale and, as a check, for what is said not to."""
-    plain = {n: m for n, m in lines.items() if m.balance is None and "rule" not in m.options}
+    plain = {n: m for n, m in lines.items() if not m.balance and "rule" not in m.options}
     copies = {f"{name}; rescaled by up to {10**k}": (replace(task, rescaled=k), plain) for k in scale.rescaled}
     return {f"{name}; own start": (task, lines), **copies}
 

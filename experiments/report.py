@@ -128,15 +128,42 @@ def over_seeds(by_rate: dict[float, list[Row]], run: Run) -> list[list[float]]:
 
 def interval(values: Sequence[float]) -> str:
     """Mean and Student's 95 % interval over seeds."""
-    quantiles = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}
-    around = quantiles[len(values)] * stdev(values) / len(values) ** 0.5 if len(values) > 1 else math.nan
-    return f"{mean(values):+.3f} ± {around:.3f}"
+    return f"{mean(values):+.3f} ± {half_width(values):.3f}"
 
 
 def best_and_grid(by_rate: dict[float, list[Row]], run: Run) -> tuple[list[float], list[float]]:
     """Seed by seed the loss at the best learning rate, and its mean over all rates."""
     losses = over_seeds(by_rate, run)
     return losses[sorted(by_rate).index(best(by_rate))], [mean(seed) for seed in zip(*losses, strict=True)]
+
+
+def half_width(values: Sequence[float]) -> float:
+    """Of Student's 95 % interval over seeds."""
+    quantiles = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}
+    return quantiles[len(values)] * stdev(values) / len(values) ** 0.5 if len(values) > 1 else math.nan
+
+
+def overview(runs: Sequence[Run], rows: Sequence[Row]) -> str:
+    """Markdown: settings against methods, the training loss at the best learning rate."""
+    final = final_rows(rows)
+    names = list(dict.fromkeys(run.name for run in runs))
+    lines = [
+        "Training loss at the best learning rate, mean ± Student's 95 % interval over seeds.\n",
+        f"| start | {' | '.join(names)} |",
+        "|---" * (len(names) + 1) + "|",
+    ]
+    for setting in dict.fromkeys(run.setting for run in runs):
+        cells = []
+        for name in names:
+            end = (
+                [row["train_loss"] for row in final[setting, name][best(final[setting, name])]]
+                if (setting, name) in final
+                else []
+            )
+            diverged = any(math.isnan(x) for x in end)
+            cells.append("diverged" if diverged else f"{mean(end):.3f} ± {half_width(end):.3f}" if end else "")
+        lines.append(f"| {setting} | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def summary(runs: Sequence[Run], rows: Sequence[Row]) -> str:
@@ -201,40 +228,33 @@ def against_rate(runs: Sequence[Run], rows: Sequence[Row], path: Path) -> None:
 
 
 def against_start(runs: Sequence[Run], rows: Sequence[Row], path: Path) -> None:
-    """What one function is trained to from its own weights and from rescaled ones, by the optimizers as they are."""
+    """What one function is trained to from its own weights and from rescaled ones; mean and range over seeds."""
     final = final_rows(rows)
     chosen = {(run.setting, run.name): run for run in runs}
     tasks = list(dict.fromkeys(run.setting.split("; ")[0] for run in runs))
     families = list(dict.fromkeys(run.method.family for run in runs))
-    figure = Figure(figsize=(4.4 * len(families), 3.2 * len(tasks) + 0.4), layout="constrained")
-    panels = figure.subplots(len(tasks), len(families), squeeze=False)
-    for (row, task), (column, family) in product(enumerate(tasks), enumerate(families)):
-        panel = panels[row, column]
-        for (setting, name), run in chosen.items():
-            own, start = setting.split("; ")
-            if (
-                own != task
-                or run.method.family != family
-                or run.method.balance is not None
-                or run.method.options.get("rule")
-            ):
-                continue
-            losses = over_seeds(final[setting, name], run)
-            width = {0: 1.5, 1: 2.5, 2: 3.5}[int(run.task.rescaled)]
-            dashes = {0: "-", 1: "--", 2: ":"}[int(run.task.rescaled)]
-            style = {
-                **_role(name, run),
-                "linestyle": dashes,
-                "linewidth": width,
-                "marker": "",
-                "label": f"{name}, {start}",
-            }
-            panel.plot(sorted(final[setting, name]), [mean(x) for x in losses], **style)
-        panel.set(xscale="log", yscale="log", xlabel="learning rate", ylabel="training loss (nats)", title=task)
+    figure = Figure(figsize=(4.6 * len(families), 3.4 * len(tasks) + 0.6), layout="constrained")
+    panels = figure.subplots(len(tasks), len(families), squeeze=False, sharey="row")
+    looks = {0.0: ("-", 1.5), 1.0: ("--", 2.5), 2.0: (":", 3.5)}
+    for (setting, name), run in chosen.items():
+        if run.method.balance is not None or "rule" in run.method.options:
+            continue
+        task, start = setting.split("; ")
+        panel = panels[tasks.index(task), families.index(run.method.family)]
+        losses, rates = over_seeds(final[setting, name], run), sorted(final[setting, name])
+        style, width = looks[run.task.rescaled]
+        colour = _role(name, run)["color"]
+        panel.plot(rates, [mean(x) for x in losses], style, color=colour, linewidth=width, label=f"{name}, {start}")
+        low, high = ([of(x) for x in losses] for of in (min, max))
+        panel.fill_between(rates, low, high, color=colour, alpha=0.1, linewidth=0)
+        panel.set(xscale="log", yscale="log", xlabel="learning rate", title=task)
         panel.yaxis.set_major_formatter("{x:g}")
         panel.yaxis.set_minor_formatter("")
         panel.grid(alpha=0.25)
-        panel.legend(frameon=False, fontsize="x-small")
+    for panel in panels[:, 0]:
+        panel.set_ylabel("training loss (nats)")
+    for panel in panels[-1]:
+        panel.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2, frameon=False, fontsize="small")
     save(figure, path)
 
 
