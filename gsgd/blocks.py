@@ -79,7 +79,7 @@ class Block:
     def _memory_order(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """The dims from the parameter's first axis to its last, then unused ones; the extents of the axes."""
         used = sorted((i for i in range(6) if self.dims[i].step), key=lambda i: (self.dims[i].axis, -self.dims[i].step))
-        shape = [1] * (1 + max((self.dims[i].axis for i in used), default=-1))
+        shape = [1] * (1 + max([self.start[0], *(self.dims[i].axis for i in used)]))
         for i in used:
             shape[self.dims[i].axis] *= self.dims[i].extent
         return (*used, *(i for i in range(6) if i not in used)), tuple(shape)
@@ -90,11 +90,15 @@ class Block:
 
     def indices(self, flat: Ids) -> list[tuple[int, ...]]:
         """The same of several entries."""
+        return list(zip(*(axis.tolist() for axis in self.places(flat)), strict=True))
+
+    def places(self, flat: Ids) -> list[Ids]:
+        """The same as one array per axis."""
         at = [np.zeros_like(flat) for _ in range(1 + max(self.start[0], *(d.axis for d in self.dims)))]
         at[self.start[0]] += self.start[1]
         for d, i in zip(self.dims, np.unravel_index(flat, self.extents), strict=True):
             at[d.axis] += d.step * i
-        return list(zip(*(axis.tolist() for axis in at), strict=True))
+        return at
 
 
 def plain_block(name: str, shape: tuple[int, ...]) -> Block:

@@ -2,116 +2,52 @@
 
 from __future__ import annotations
 
-import math
-import os
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Unpack
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gsgd.arrays import as_array, check_gradients, check_names, check_parameters
-from gsgd.coordinates import Coordinates, ScaleName, check_scale, set_to_one
+from gsgd.coordinates import Coordinates, set_to_one
+from gsgd.methods import SGD, Adam, Method, RMSprop
 from gsgd.network import Network
-from gsgd.rates import Rates, adam, number, rmsprop, sgd
-from gsgd.skeleton import Backend, Rule, Skeleton, batch_norm_gradients, check_rule, explain
-
-_forked = False
-
-
-def _after_fork() -> None:
-    global _forked
-    _forked = True
-
-
-# the OpenMP runtime's threads do not survive a fork, and a parallel region in the child would wait for them forever
-os.register_at_fork(after_in_child=_after_fork)
-
-
-def default_threads() -> int:
-    """OMP_NUM_THREADS, or the number of processors that this process may use."""
-    first = os.environ.get("OMP_NUM_THREADS", "").split(",")[0]
-    if first.isdigit() and int(first) > 0:
-        return int(first)
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def usable_threads(threads: int) -> int:
-    """One in a child process, otherwise `threads`."""
-    return 1 if _forked else threads
-
-
-MaxRatio = float | None | Literal["auto"]
-
-DEFAULT_MAX_RATIO = 4.0  # measured: experiments/README.md
-
-
-def check_max_ratio(max_ratio: MaxRatio, scale: ScaleName) -> float | None:
-    """The limit on path ratios: a number > 1, None for none, or "auto": none for scale "ones", else the default."""
-    if max_ratio is None or (isinstance(max_ratio, str) and max_ratio == "auto" and scale == "ones"):
-        return None
-    value = DEFAULT_MAX_RATIO if max_ratio == "auto" else number("max_ratio", max_ratio)
-    if not (math.isfinite(value) and value > 1):
-        raise ValueError(f"max_ratio: expected a finite number > 1, None for no limit, or 'auto', got {max_ratio!r}")
-    return value
-
-
-def check_clip_norm(clip_norm: float | None) -> float | None:
-    """`clip_norm` as a float, finite and positive, or None."""
-    if clip_norm is None:
-        return None
-    value = number("clip_norm", clip_norm)
-    if not (math.isfinite(value) and value > 0):
-        raise ValueError(f"clip_norm: expected a finite number > 0, or None, got {clip_norm!r}")
-    return value
-
-
-def limit(x: float | None) -> float:
-    """A limit as the plans take it: infinity for None."""
-    return math.inf if x is None else x
-
-
-def check_threads(threads: int) -> int:
-    """`threads`, if it is a number of threads."""
-    if not isinstance(threads, int):
-        raise TypeError(f"threads: expected an integer, got {threads!r}")
-    if not 1 <= threads <= 4096:
-        raise ValueError(f"threads: expected 1 to 4096, got {threads!r}")
-    return threads
+from gsgd.options import OptionArguments, Options, limit
+from gsgd.skeleton import Backend, Skeleton, batch_norm_gradients, explain
+from gsgd.threads import default_threads, usable_threads
 
 
 @dataclass
 class Stats:
-    """Counts since construction: steps, and path ratios that `max_ratio` limited."""
+    """Counts since construction: steps; path ratios that `max_ratio` limited; and steps that were left out.
+
+    Where no error is raised, a step that is not finite is left out.
+    """
 
     steps: int = 0
     clamped: int = 0
+    skipped: int = 0
 
 
 class _PathOptimizer:
-    """What the methods have in common: they differ in how the coordinates move, which `make` tells."""
+    """What the methods have in common: they differ in how the coordinates move, which `method` tells."""
 
     def __init__(
         self,
         params: Mapping[str, Any],
         net: Network,
-        make: Callable[..., Rates],
-        hyperparameters: dict[str, Any],
-        scale: ScaleName,
-        rule: Rule,
-        threads: int | None,
-        max_ratio: MaxRatio,
-        clip_norm: float | None,
-        backend: Backend,
+        method: Method,
+        *,
+        backend: Backend = "c",
+        **options: Unpack[OptionArguments],
     ) -> None:
         if not isinstance(net, Network):
             raise TypeError(f"net: expected a gsgd.Network, got {type(net).__name__}")
-        first = make(**hyperparameters)
-        self._make, self._hyperparameters = make, dict(hyperparameters)
-        self.scale, self.max_ratio = check_scale(scale), check_max_ratio(max_ratio, scale)
-        self.clip_norm = check_clip_norm(clip_norm)
-        self.threads = default_threads() if threads is None else check_threads(threads)
+        self._method = method.known()
+        chosen = Options(**options)
+        self.threads = chosen.threads or default_threads()
+        self._set_options(chosen)
         self.stats = Stats()
         self._net = net
         self._approximates = any(b.batch_norm for b in net.blocks)
@@ -120,31 +56,27 @@ class _PathOptimizer:
         self._weights = list(self._arrays.values())
         if not self._weights:
             raise ValueError("params: expected at least one parameter")
-        self._rates = np.empty((len(self._weights), len(first.row)))
-        self._set_rates(first)
-        self.skeleton = Skeleton(net, self._arrays, rule, backend=backend, balanced=scale == "balanced")
+        self.skeleton = Skeleton(net, self._arrays, chosen.rule, backend=backend, balanced=self.scale == "balanced")
         self.skeleton.warn_of_pinned()
-        if scale == "ones":
+        if self.scale == "ones":
             set_to_one(self.skeleton, self._arrays)
-        self._set_coordinates(Coordinates.of(self.skeleton, self._arrays, scale))
-        self._m, self._v = self._moments(first, {})
+        self._set_coordinates(Coordinates.of(self.skeleton, self._arrays, self.scale))
+        self._m, self._v = self._moments(self._method, {})
+
+    def _set_options(self, options: Options) -> None:
+        self.scale, self.max_ratio, self.clip_norm = options.scale, options.max_ratio, options.clip_norm
 
     def _set_coordinates(self, found: Coordinates) -> None:
         self._coordinates = found
         self.skeleton.plan.set_reference(*found.scale)
 
-    def _set_rates(self, rates: Rates) -> None:
-        self._rates[:] = rates.row
-
     def _set(self, name: str, value: Any) -> None:
-        changed = {**self._hyperparameters, name: value}
-        self._set_rates(self._make(**changed))
-        self._hyperparameters = changed
+        self._method = replace(self._method, **{name: value}).known()
 
-    def _moments(self, rates: Rates, given: Mapping[str, Any]) -> list[list[NDArray[Any] | None]]:
+    def _moments(self, method: Method, given: Mapping[str, Any]) -> list[list[NDArray[Any] | None]]:
         """First and second moments, as given by name or zero; None where the method has none."""
         found: list[list[NDArray[Any] | None]] = []
-        for key, has in (("m", rates.has_m), ("v", rates.has_v)):
+        for key, has in (("m", method.has_m), ("v", method.has_v)):
             loaded = given.get(key)
             if loaded is not None and loaded.keys() != self._arrays.keys():
                 raise ValueError(f"state_dict: {key!r} is of other parameters")
@@ -162,7 +94,7 @@ class _PathOptimizer:
     @property
     def lr(self) -> float:
         """The learning rate of the next step; assign to it for a schedule."""
-        return float(self._hyperparameters["lr"])
+        return float(self._method.lr)
 
     @lr.setter
     def lr(self, value: float) -> None:
@@ -171,7 +103,7 @@ class _PathOptimizer:
     @property
     def weight_decay(self) -> float:
         """The coefficient of basis-path regularization; it can be assigned."""
-        return float(self._hyperparameters["weight_decay"])
+        return float(self._method.weight_decay)
 
     @weight_decay.setter
     def weight_decay(self, value: float) -> None:
@@ -203,8 +135,7 @@ class _PathOptimizer:
         if self._approximates:
             in_edges = self.skeleton.edge_arrays[0]
             gradients, sums, norm = batch_norm_gradients(self._net, self._arrays, gradients, in_edges)
-        if self._make is adam:
-            self._set_rates(adam(**self._hyperparameters, step=self.stats.steps + 1))
+        row = self._method.at(self.stats.steps + 1).row
         try:
             clamped = self.skeleton.plan.step(
                 self._weights,
@@ -213,7 +144,7 @@ class _PathOptimizer:
                 norm,
                 self._m,
                 self._v,
-                self._rates,
+                np.array([row] * len(self._weights), dtype=np.float64),
                 limit(self.max_ratio),
                 limit(self.clip_norm),
                 usable_threads(self.threads),
@@ -231,7 +162,7 @@ class _PathOptimizer:
             for key, found in (("m", self._m), ("v", self._v))
         }
         return {
-            "hyperparameters": dict(self._hyperparameters),
+            "hyperparameters": self._method.hyperparameters,
             "max_ratio": self.max_ratio,
             "clip_norm": self.clip_norm,
             "scale": self.scale,
@@ -251,20 +182,18 @@ class _PathOptimizer:
         if missing:
             raise ValueError(f"state_dict: {sorted(missing)[0]!r} is missing")
         hyperparameters = dict(state["hyperparameters"])
-        if hyperparameters.keys() != self._hyperparameters.keys():
+        if hyperparameters.keys() != self._method.hyperparameters.keys():
             raise ValueError(f"state_dict: of another method, with {sorted(hyperparameters)}")
-        rates = self._make(**hyperparameters)
-        moments = self._moments(rates, state)
+        method = type(self._method)(**hyperparameters).known()
+        moments = self._moments(method, state)
         coordinates = Coordinates.load(state, self._net.num_units)
-        scale = check_scale(state["scale"])
-        max_ratio, clip_norm = check_max_ratio(state["max_ratio"], scale), check_clip_norm(state["clip_norm"])
-        rule, stats = check_rule(state["rule"]), Stats(int(state["steps"]), int(state["clamped"]))
+        options = Options(**{name: state[name] for name in ("scale", "rule", "max_ratio", "clip_norm")})
+        stats = Stats(int(state["steps"]), int(state["clamped"]))
         self.skeleton.replace_edges(coordinates.edges, self._arrays)
-        self.skeleton.rule = rule
+        self.skeleton.rule = options.rule
         self._set_coordinates(coordinates)
-        self._hyperparameters = hyperparameters
-        self._set_rates(rates)
-        self.scale, self.max_ratio, self.clip_norm, self.stats = scale, max_ratio, clip_norm, stats
+        self._set_options(options)
+        self._method, self.stats = method, stats
         self._m, self._v = moments
 
 
@@ -315,30 +244,26 @@ class GSGD(_PathOptimizer):
         self,
         params: Mapping[str, Any],
         net: Network,
-        lr: float = 0.1,
-        momentum: float = 0.0,
-        nesterov: bool = False,
-        weight_decay: float = 0.0,
-        scale: ScaleName = "balanced",
-        rule: Rule = "modulo",
-        threads: int | None = None,
+        lr: float = SGD.lr,
+        momentum: float = SGD.momentum,
+        nesterov: bool = SGD.nesterov,
+        weight_decay: float = SGD.weight_decay,
         *,
-        max_ratio: MaxRatio = "auto",
-        clip_norm: float | None = None,
         backend: Backend = "c",
+        **options: Unpack[OptionArguments],
     ) -> None:
-        hyperparameters = {"lr": lr, "momentum": momentum, "nesterov": nesterov, "weight_decay": weight_decay}
-        super().__init__(params, net, sgd, hyperparameters, scale, rule, threads, max_ratio, clip_norm, backend)
+        method = SGD(lr, momentum, nesterov, weight_decay)
+        super().__init__(params, net, method, backend=backend, **options)
 
     @property
     def momentum(self) -> float:
         """The momentum; fixed at construction."""
-        return float(self._hyperparameters["momentum"])
+        return float(self._method.hyperparameters["momentum"])
 
     @property
     def nesterov(self) -> bool:
         """Whether the momentum is Nesterov's; fixed at construction."""
-        return bool(self._hyperparameters["nesterov"])
+        return bool(self._method.hyperparameters["nesterov"])
 
 
 class GAdam(_PathOptimizer):
@@ -363,27 +288,17 @@ class GAdam(_PathOptimizer):
         self,
         params: Mapping[str, Any],
         net: Network,
-        lr: float = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 0.0,
-        decoupled: bool = True,
-        scale: ScaleName = "balanced",
-        rule: Rule = "modulo",
-        threads: int | None = None,
+        lr: float = Adam.lr,
+        betas: tuple[float, float] = Adam.betas,
+        eps: float = Adam.eps,
+        weight_decay: float = Adam.weight_decay,
+        decoupled: bool = Adam.decoupled,
         *,
-        max_ratio: MaxRatio = "auto",
-        clip_norm: float | None = None,
         backend: Backend = "c",
+        **options: Unpack[OptionArguments],
     ) -> None:
-        hyperparameters = {
-            "lr": lr,
-            "betas": tuple(betas),
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "decoupled": decoupled,
-        }
-        super().__init__(params, net, adam, hyperparameters, scale, rule, threads, max_ratio, clip_norm, backend)
+        method = Adam(lr, betas, eps, weight_decay, decoupled)
+        super().__init__(params, net, method, backend=backend, **options)
 
 
 class GRMSprop(_PathOptimizer):
@@ -407,18 +322,14 @@ class GRMSprop(_PathOptimizer):
         self,
         params: Mapping[str, Any],
         net: Network,
-        lr: float = 1e-2,
-        alpha: float = 0.99,
-        eps: float = 1e-8,
-        weight_decay: float = 0.0,
-        momentum: float = 0.0,
-        scale: ScaleName = "balanced",
-        rule: Rule = "modulo",
-        threads: int | None = None,
+        lr: float = RMSprop.lr,
+        alpha: float = RMSprop.alpha,
+        eps: float = RMSprop.eps,
+        weight_decay: float = RMSprop.weight_decay,
+        momentum: float = RMSprop.momentum,
         *,
-        max_ratio: MaxRatio = "auto",
-        clip_norm: float | None = None,
         backend: Backend = "c",
+        **options: Unpack[OptionArguments],
     ) -> None:
-        hyperparameters = {"lr": lr, "alpha": alpha, "eps": eps, "weight_decay": weight_decay, "momentum": momentum}
-        super().__init__(params, net, rmsprop, hyperparameters, scale, rule, threads, max_ratio, clip_norm, backend)
+        method = RMSprop(lr, alpha, eps, weight_decay, momentum)
+        super().__init__(params, net, method, backend=backend, **options)

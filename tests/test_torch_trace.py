@@ -201,7 +201,7 @@ UNDERSTOOD: dict[str, tuple[Callable[[Between, Tensor], Tensor], int]] = {
     "zeros": (lambda m, x: F.pad(x, (1, -1, 2, 0)), 8),
     "zeros for channels": (lambda m, x: m.c(x) + F.pad(x[:, :4], (0, 0, 0, 0, 2, 2)), 8 + 8 - 4),
     "constant factor": (lambda m, x: -2 * x / 3, 8),
-    "learned factor": (lambda m, x: x * m.offset, 8),
+    "learned factor": (lambda m, x: x * m.offset, 16),
     "gate": (lambda m, x: x * torch.sigmoid(m.c(F.adaptive_avg_pool2d(x, 1))), 8),
     "difference": (lambda m, x: torch.sub(x, m.c(x), alpha=2), 8),
     "maximum": (lambda m, x: torch.maximum(x, m.c(x)), 8),
@@ -221,7 +221,7 @@ UNDERSTOOD: dict[str, tuple[Callable[[Between, Tensor], Tensor], int]] = {
     "relu6": (lambda m, x: F.relu6(x), 0),
     "hardtanh": (lambda m, x: F.hardtanh(x), 0),
     "clamp above": (lambda m, x: x.clamp(0, 1), 0),
-    "offset": (lambda m, x: x + m.offset, 0),
+    "offset": (lambda m, x: x + m.offset, 8),
     "constant": (lambda m, x: x + 1, 0),
     "padding by ones": (lambda m, x: F.pad(x, (1, 1), value=1.0), 0),
     "square": (lambda m, x: x * x, 0),
@@ -663,7 +663,7 @@ def test_parameters_that_are_not_described_are_listed_with_reasons() -> None:
     assert str(net).split("(m - H)\n")[1].splitlines() == [
         f"not described, plain steps: {names} ({reason})"
         for names, reason in (
-            ("gain, computed", "mul in the model"),
+            ("computed", "mul in the model"),
             ("norm.weight, norm.bias", "layer_norm in norm: of more than one axis"),
             ("twice.weight, twice.bias", "linear in twice: its weight twice.weight is read 2 times"),
             ("shared.0.weight, shared.1.weight", "shares its memory with another"),

@@ -1,7 +1,8 @@
 """G-SGD for PyTorch models."""
 
 from gsgd.symmetry import SymmetryError
-from gsgd.torch.optimizer import GSGD, GAdam, GRMSprop, PathSGD
+from gsgd.torch.optimizer import GSGD, GAdam, GRMSprop
+from gsgd.torch.path_sgd import PathSGD
 from gsgd.torch.trace import trace
 from gsgd.torch.verify import verify
 

@@ -264,6 +264,11 @@ class Follow(TorchFunctionMode):
         return out
 
 
+def _base(t: Tensor) -> Tensor:
+    """What `t` is a view of, or `t`."""
+    return t if t._base is None else t._base
+
+
 class _CountReads(Follow):
     def __init__(self, originals: set[int]) -> None:
         super().__init__()
@@ -273,7 +278,9 @@ class _CountReads(Follow):
 
     def see(self, func: Callable[..., Any], args: Any, kwargs: Any, out: Any) -> None:
         self.calls.append(name_of(func))
-        reads = [id(t) for t in tensors_in((args, kwargs))]
+        viewed = {id(_base(t)) for t in tensors_in(out)}
+        views = viewed if len(viewed) == 1 and all(t._base is not None for t in tensors_in(out)) else set()
+        reads = [id(_base(t)) for t in tensors_in((args, kwargs)) if id(_base(t)) not in views]
         if not self.originals.isdisjoint(reads):
             raise ValueError("forward refers to the original model, by a closure: it must read parameters through self")
         self.reads.update(reads)

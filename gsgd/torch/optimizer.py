@@ -1,88 +1,26 @@
-"""GSGD, GAdam, GRMSprop and PathSGD as torch.optim.Optimizers. CPU tensors go through the C core."""
+"""GSGD, GAdam and GRMSprop as torch.optim.Optimizers."""
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, TypeAlias, overload
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any, Unpack, overload
 
-import numpy as np
 import torch
-from array_api_compat import array_namespace
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from gsgd import layout, stages
-from gsgd.arrays import check_parameters
-from gsgd.coordinates import NAMES, Coordinates, ScaleName, check_scale, fingerprint, set_to_one
+from gsgd.coordinates import NAMES, Coordinates, fingerprint, set_to_one
+from gsgd.methods import SGD, Adam, Method, RMSprop
 from gsgd.network import BatchNormMode, Network, Residual
-from gsgd.optimizer import (
-    MaxRatio,
-    Stats,
-    check_clip_norm,
-    check_max_ratio,
-    check_threads,
-    limit,
-    usable_threads,
-)
-from gsgd.paths import path_kappa, require_symmetry
-from gsgd.rates import Rates, adam, rmsprop, sgd
-from gsgd.skeleton import Rule, Skeleton, batch_norm_gradients, explain, make_plan
-from gsgd.torch.trace import trace
-
-Params: TypeAlias = nn.Module | Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]]
-Closure: TypeAlias = Callable[[], Any]
-Tensors: TypeAlias = list[Tensor | None]
-
-_EXPECTED = "params: expected the model itself, or named parameters (model.named_parameters()) and network="
-_LEAVE_OUT = "leave_out: is for tracing a model; with network=, give gsgd.torch.trace(model, leave_out=...)"
-
-
-def _refuse_unsupported(name: str, p: Tensor) -> None:
-    kinds = {c.__name__ for c in type(p).__mro__}
-    if kinds & {"DTensor", "FlatParameter"}:
-        raise TypeError(
-            f"parameter {name!r} is sharded ({type(p).__name__}): G-SGD needs whole rows and columns. "
-            "Supported are parameters that every process holds whole, as with DistributedDataParallel."
-        )
-    if p.is_sparse or not p.is_floating_point() or p.device.type == "meta":
-        raise TypeError(f"parameter {name!r}: expected a dense floating-point tensor, got {p.dtype} on {p.device}")
-
-
-def named_network(
-    params: Params,
-    network: Network | None,
-    example_inputs: Any,
-    leave_out: str | Sequence[str],
-    residual: Residual,
-    batch_norm: BatchNormMode,
-) -> tuple[Any, Network]:
-    """Named parameters, and the network that is given or that tracing finds."""
-    if network is not None and not isinstance(network, Network):
-        raise TypeError(f"network: expected a gsgd.Network, got {type(network).__name__}")
-    if isinstance(params, nn.Module):
-        model = params
-        # integers are no parameters of a step, but some models keep them as frozen ones
-        parameters = {n: p for n, p in model.named_parameters() if p.requires_grad or p.is_floating_point()}
-        if not parameters:
-            raise ValueError("the model has no parameters")
-        for name, p in parameters.items():
-            _refuse_unsupported(name, p)
-        if network is None:
-            network = trace(model, example_inputs, residual=residual, batch_norm=batch_norm, leave_out=leave_out)
-        elif leave_out:
-            raise ValueError(_LEAVE_OUT)
-        for name in network.shapes:
-            if name not in parameters:
-                raise ValueError(f"network: the model has no parameter {name!r}, its names are {[*parameters][:3]}...")
-        params = list(parameters.items())
-    elif leave_out:
-        raise ValueError(_LEAVE_OUT)
-    if network is None:
-        raise ValueError(_EXPECTED)
-    return params, network
+from gsgd.optimizer import Stats
+from gsgd.options import OptionArguments, Options, limit
+from gsgd.skeleton import Skeleton
+from gsgd.threads import usable_threads
+from gsgd.torch.engines import Engine, EngineName, EngineOption, Tensors, check_engine, choose
+from gsgd.torch.parameters import EXPECTED, Closure, Params, named_network, refuse_unsupported
 
 
 def _in_order_of(group: dict[str, Any], names: list[str]) -> dict[str, Any]:
@@ -104,203 +42,41 @@ def _unwrapped(name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in ("module", "_orig_mod"))
 
 
-class _Engine:
-    """The parameters in the order of `tensors`, with tensors that share their memory as it is now."""
+class Arguments(OptionArguments, total=False):
+    """The keyword arguments that all optimizers take."""
 
-    def __init__(self, net: Network, tensors: Mapping[str, Tensor]) -> None:
-        self.net = net
-        self.names = list(tensors)
-        self.params = list(tensors.values())
-        self.aliases = [p.detach() for p in self.params]
-        # these follow a unit which is rescaled, even where they have no gradient
-        follow = {b.name for b in net.blocks if (b.cols >= 0).any()}
-        self.following = [name in follow for name in tensors]
-        self.has_warned = False
-
-    def is_current(self) -> bool:
-        """Whether the parameters still have the same storage, offset, shape and strides."""
-        return all(map(Tensor.is_set_to, self.params, self.aliases))
-
-    def checked(self, gradients: Tensors) -> Tensors:
-        """Gradients that are dense, and of their parameters' dtypes and shapes."""
-        for name, p, g in zip(self.names, self.params, gradients, strict=True):
-            if g is None:
-                continue
-            if g.layout is not torch.strided or g.dtype != p.dtype:
-                got = g.dtype if g.layout is torch.strided else "a sparse one: make its layer with sparse=False"
-                raise TypeError(f"gradient of {name!r}: expected a dense tensor of {p.dtype}, got {got}")
-            if g.shape != p.shape:
-                raise ValueError(f"gradient of {name!r}: expected shape {tuple(p.shape)}, got {tuple(g.shape)}")
-        return gradients
-
-
-class _CoreEngine(_Engine):
-    """Steps by the C core, on NumPy views of CPU tensors that are made once."""
-
-    def __init__(self, net: Network, coordinates: Coordinates, tensors: Mapping[str, Tensor], plan: Any = None) -> None:
-        super().__init__(net, tensors)
-        views = {name: alias.numpy() for name, alias in zip(tensors, self.aliases, strict=True)}
-        self.arrays = check_parameters(views, net, others=True)
-        self.weights = list(self.arrays.values())
-        self.layouts = [(p.stride(), p.shape, p.dtype) for p in self.aliases]
-        self.trees = coordinates.edges
-        if plan is None:
-            plan, _ = make_plan(net, self.arrays, "c")
-            plan.set_trees(*self.trees)
-        self.plan = plan
-        self.plan.set_reference(*coordinates.scale)
-        self.approximates = any(b.batch_norm for b in net.blocks)
-        self.addresses: list[list[int | None]] = []
-        self.views: list[list[NDArray[Any] | None]] = []
-        self.rows: list[tuple[float, ...]] = []
-        self.which: list[int] = []
-        self.rates = np.zeros((0, 0))
-
-    def step(
-        self,
-        gradients: Tensors,
-        moments: tuple[Tensors, Tensors],
-        rates: list[Rates],
-        which: list[int],
-        limits: tuple[float, float],
-        threads: int,
-        stats: Stats,
-    ) -> None:
-        sums = norm = None
-        if self.approximates:
-            found, sums, norm = batch_norm_gradients(self.net, self.arrays, self.as_arrays(gradients), self.trees[0])
-        else:
-            try:
-                found = self.addresses_of(gradients)
-            except (RuntimeError, TypeError):  # a sparse tensor has no strides, NumPy no bfloat16
-                found = self.as_arrays(gradients)
-        addresses = [[None if x is None else x.data_ptr() for x in kind] for kind in moments]
-        if addresses != self.addresses:  # a view keeps its memory, so that no other tensor can have its address
-            self.addresses = addresses
-            self.views = [[None if x is None else x.detach().numpy() for x in kind] for kind in moments]
-        rows = [r.row for r in rates]
-        if rows != self.rows or which != self.which:
-            self.rows, self.which = rows, which
-            self.rates = np.array(rows, dtype=np.float64)[which]
-        try:
-            clamped = self.plan.step(self.weights, found, sums, norm, *self.views, self.rates, *limits, threads)
-        except FloatingPointError as error:
-            seen = self.as_arrays(gradients)
-            raise FloatingPointError(explain(self.net, self.trees, self.arrays, seen, error.args[0])) from None
-        # autograd did not see what was written
-        written = zip(self.params, gradients, self.following, strict=True)
-        torch.autograd.graph.increment_version([p for p, g, follows in written if follows or g is not None])
-        stats.steps += 1
-        stats.clamped += clamped
-
-    def addresses_of(self, gradients: Tensors) -> Any:
-        """Addresses will do where all gradients are laid out as their parameters."""
-        if all(
-            g is None or (g.stride() == stride and g.shape == shape and g.dtype is dtype and not g.is_neg())
-            for g, (stride, shape, dtype) in zip(gradients, self.layouts, strict=True)
-        ):
-            return np.array([0 if g is None else g.data_ptr() for g in gradients], dtype=np.uintp)
-        return [None if g is None else g.resolve_neg().numpy() for g in gradients]
-
-    def as_arrays(self, gradients: Tensors) -> list[NDArray[Any] | None]:
-        """NumPy views of gradients."""
-        return [None if g is None else g.resolve_neg().numpy() for g in self.checked(gradients)]
-
-
-class _ArrayEngine(_Engine):
-    """Steps by the three stages of gsgd.stages on the tensors' own device, without waiting for it.
-
-    Where something is not finite nothing is written: telling the caller would mean waiting for the device.
-    """
-
-    def __init__(self, net: Network, coordinates: Coordinates, tensors: Mapping[str, Tensor], plan: Any = None) -> None:
-        super().__init__(net, tensors)
-        self.arrays = dict(zip(tensors, self.aliases, strict=True))
-        device = self.aliases[0].device
-        real = layout.real_type(array_namespace(*self.aliases), device)
-
-        def asarray(x: NDArray[Any]) -> Tensor:
-            t = torch.from_numpy(np.ascontiguousarray(x))
-            return (t.to(real) if t.is_floating_point() else t).to(device)
-
-        number = {name: i for i, name in enumerate(tensors)}
-        shaped = {name: np.empty(p.shape, dtype=np.float32) for name, p in tensors.items()}
-        _, blocks = make_plan(net, shaped, "reference")
-        tables = layout.tables(net.num_units, [(number[b.name], b) for b in blocks], *coordinates.edges)
-        self.tables = layout.convert(tables, asarray)
-        self.in_edges = coordinates.in_edges
-        scales = (np.append(x, 1.0) for x in coordinates.scale)
-        self.scale = stages.Scale(*(asarray(x) for x in scales))
-
-    def step(
-        self,
-        gradients: Tensors,
-        moments: tuple[Tensors, Tensors],
-        rates: list[Rates],
-        which: list[int],
-        limits: tuple[float, float],
-        threads: int,
-        stats: Stats,
-    ) -> None:
-        found, sums, norm = batch_norm_gradients(self.net, self.arrays, self.checked(gradients), self.in_edges)
-        norm = None if norm is None else torch.cat((norm, torch.ones_like(norm[:1])))
-        max_ratio, clip_norm = limits
-        pairs = list(zip(*moments, strict=True))
-        new, new_pairs, solution = stages.step(
-            self.tables,
-            self.scale,
-            self.aliases,
-            found,
-            sums,
-            norm,
-            pairs,
-            [rates[i] for i in which],
-            max_ratio,
-            None if math.isinf(clip_norm) else clip_norm,
-        )
-        largest = nn.utils.get_total_norm([g for g in found if g is not None and g.numel()], torch.inf)
-        finite = solution.finite & torch.isfinite(largest)
-        for p, value, g, follows in zip(self.aliases, new, gradients, self.following, strict=True):
-            if follows or g is not None:
-                torch.where(finite, value, p, out=p)
-        for pair, new_pair in zip(pairs, new_pairs, strict=True):
-            for moment, value in zip(pair, new_pair, strict=True):
-                if moment is not None and value is not None:
-                    torch.where(finite, value, moment, out=moment)
-        stats.steps += 1
-        stats.clamped = stats.clamped + torch.where(finite, solution.clamped, 0)  # type: ignore[assignment]
+    network: Network | None
+    example_inputs: Any
+    leave_out: str | Sequence[str]
+    residual: Residual
+    batch_norm: BatchNormMode
+    engine: EngineOption
 
 
 class _PathOptimizer(torch.optim.Optimizer):
     """What the methods have in common. They differ in the hyperparameters of a group and in the names of moments."""
 
+    method: type[Method]  # a group holds its hyperparameters
     moments: tuple[str, str]  # names of the first and the second moment in the state
-
-    @staticmethod
-    def rates(group: Mapping[str, Any], step: int) -> Rates:
-        """A group's hyperparameters for the `step`-th step of a parameter; ValueError where they are not right."""
-        raise NotImplementedError
 
     def __init__(
         self,
         params: Params,
         defaults: dict[str, Any],
-        network: Network | None,
-        example_inputs: Any,
-        leave_out: str | Sequence[str],
-        residual: Residual,
-        batch_norm: BatchNormMode,
-        scale: ScaleName,
-        rule: Rule,
-        max_ratio: MaxRatio,
-        clip_norm: float | None,
-        threads: int | None,
+        *,
+        network: Network | None = None,
+        example_inputs: Any = None,
+        leave_out: str | Sequence[str] | None = None,
+        residual: Residual | None = None,
+        batch_norm: BatchNormMode | None = None,
+        engine: EngineOption = "auto",
+        **options: Unpack[OptionArguments],
     ) -> None:
-        check_scale(scale)
-        self._max_ratio, self._clip_norm = check_max_ratio(max_ratio, scale), check_clip_norm(clip_norm)
-        self._threads = None if threads is None else check_threads(threads)
-        named, network = named_network(params, network, example_inputs, leave_out, residual, batch_norm)
-        self._engine: _CoreEngine | _ArrayEngine | None = None
+        self._options, self._engine_option = Options(**options), check_engine(engine)
+        named, network = named_network(
+            params, network, example_inputs, leave_out=leave_out, residual=residual, batch_norm=batch_norm
+        )
+        self._engine: Engine | None = None
         self._plan: Any = None
         self._seen: tuple[int, ...] = ()
         self._stats = Stats()
@@ -318,11 +94,10 @@ class _PathOptimizer(torch.optim.Optimizer):
         self.network.add_plain(n for n in tensors if n not in network.shapes)
         if not self.network.num_units:
             warnings.warn("no unit was found that can be rescaled: every step is a plain one", stacklevel=3)
-        self._scale, self._rule = scale, rule
         skeleton = self._find_coordinates()  # refuses what makes no trees
         skeleton.warn_of_pinned()
         self._current_engine()  # refuses what no step can be taken on
-        if scale == "ones":
+        if self._options.scale == "ones":
             with torch.no_grad():
                 set_to_one(skeleton, tensors)
 
@@ -334,8 +109,8 @@ class _PathOptimizer(torch.optim.Optimizer):
     def _find_coordinates(self) -> Skeleton:
         """Take the coordinates of the weights as they are."""
         values = self._values()
-        skeleton = Skeleton(self.network, values, self._rule, balanced=self._scale == "balanced")
-        self._coordinates = Coordinates.of(skeleton, values, self._scale)
+        skeleton = Skeleton(self.network, values, self._options.rule, balanced=self._options.scale == "balanced")
+        self._coordinates = Coordinates.of(skeleton, values, self._options.scale)
         self._seen, self._plan, self._engine = fingerprint(values), skeleton.plan, None
         return skeleton
 
@@ -345,13 +120,21 @@ class _PathOptimizer(torch.optim.Optimizer):
         Since construction a checkpoint, or another process (DDP), may have replaced them.
         """
         # the scale "ones" has made weights of its own
-        if self._stats.steps == 0 and self._scale != "ones" and self._seen != fingerprint(self._values()):
+        if self._stats.steps == 0 and self._options.scale != "ones" and self._seen != fingerprint(self._values()):
             self._find_coordinates()
 
     @property
     def stats(self) -> Stats:
-        """Counts of steps and of clamped ratios; reading it waits for the device."""
-        return Stats(self._stats.steps, int(self._stats.clamped))
+        """Counts of steps, of clamped ratios and of steps left out; reading it waits for the device."""
+        return Stats(self._stats.steps, int(self._stats.clamped), int(self._stats.skipped))
+
+    @property
+    def engine(self) -> EngineName:
+        """What takes the steps on the parameters as they are now: "core", "array" or "triton"."""
+        return self._current_engine().name
+
+    def __repr__(self) -> str:
+        return super().__repr__().replace("(", f"(\nengine: {self.engine}", 1)
 
     # parameters by name
 
@@ -362,12 +145,12 @@ class _PathOptimizer(torch.optim.Optimizer):
         group = self.param_groups[-1]
         try:
             if "param_names" not in group:
-                raise ValueError(_EXPECTED)
-            self.rates(group, 1)
+                raise ValueError(EXPECTED)
+            self._method(group).known()
             names = Counter(n for g in self.param_groups for n in g["param_names"])
             params = Counter(group["params"])
             for name, p in zip(group["param_names"], group["params"], strict=True):
-                _refuse_unsupported(name, p)
+                refuse_unsupported(name, p)
                 if names[name] > 1 or params[p] > 1:
                     raise ValueError(f"parameter {name!r} is given twice")
         except (TypeError, ValueError):
@@ -383,18 +166,11 @@ class _PathOptimizer(torch.optim.Optimizer):
                 raise ValueError(f"parameter {name!r} was removed from its group: make a new optimizer")
         return {n: tensors[n] for n in (*known, *(n for n in tensors if n not in known))}
 
-    def _make_engine(self, coordinates: Coordinates, plan: Any = None) -> _CoreEngine | _ArrayEngine:
+    def _make_engine(self, coordinates: Coordinates, plan: Any = None) -> Engine:
         """An engine for the parameters as they are now; `plan`, if given, has their trees."""
-        tensors = self._tensors()
-        devices = {p.device for p in tensors.values()}
-        if len(devices) > 1:
-            raise ValueError(f"expected all parameters on one device, got {sorted(map(str, devices))}")
-        in_core = devices == {torch.device("cpu")} and all(
-            p.dtype in (torch.float32, torch.float64) for p in tensors.values()
-        )
-        return (_CoreEngine if in_core else _ArrayEngine)(self.network, coordinates, tensors, plan)
+        return choose(self._engine_option, self.network, coordinates, self._tensors(), plan)
 
-    def _current_engine(self) -> _CoreEngine | _ArrayEngine:
+    def _current_engine(self) -> Engine:
         engine = self._engine
         count = sum(len(g["params"]) for g in self.param_groups)
         if engine is None or count != len(engine.params) or not engine.is_current():
@@ -431,19 +207,19 @@ class _PathOptimizer(torch.optim.Optimizer):
         if any(maximize):
             pairs = zip(gradients, self._group_of, strict=True)
             gradients = [-g if g is not None and maximize[i] else g for g, i in pairs]
-        rates, which = self._rates(engine, gradients)
+        methods, which = self._methods(engine, gradients)
         first, second = self.moments
         moments = (
-            self._moments(engine.params, first, [r.has_m for r in rates], which),
-            self._moments(engine.params, second, [r.has_v for r in rates], which),
+            self._moments(engine.params, first, [o.has_m for o in methods], which),
+            self._moments(engine.params, second, [o.has_v for o in methods], which),
         )
-        threads = usable_threads(self._threads or torch.get_num_threads())
-        limits = (limit(self._max_ratio), limit(self._clip_norm))
-        engine.step(gradients, moments, rates, which, limits, threads, self._stats)
+        threads = usable_threads(self._options.threads or torch.get_num_threads())
+        limits = (limit(self._options.max_ratio), limit(self._options.clip_norm))
+        engine.step(gradients, moments, methods, which, limits, threads, self._stats)
         self._count(engine.params, gradients)
         return loss
 
-    def _warn_of_frozen(self, engine: _CoreEngine | _ArrayEngine) -> None:
+    def _warn_of_frozen(self, engine: Engine) -> None:
         """Once per engine: a parameter that was frozen after construction follows the units that it reads."""
         for name, p, follows in zip(engine.names, engine.params, engine.following, strict=True):
             if follows and not p.requires_grad and not engine.has_warned:
@@ -454,9 +230,13 @@ class _PathOptimizer(torch.optim.Optimizer):
                     stacklevel=5,
                 )
 
-    def _rates(self, engine: _CoreEngine | _ArrayEngine, gradients: Tensors) -> tuple[list[Rates], list[int]]:
+    def _method(self, group: Mapping[str, Any]) -> Method:
+        """The method with a group's hyperparameters; ValueError where they are not right."""
+        return self.method(**{name: group[name] for name in self.method.names()})
+
+    def _methods(self, engine: Engine, gradients: Tensors) -> tuple[list[Method], list[int]]:
         """Hyperparameters, and which of them are those of each parameter."""
-        return [self.rates(g, 1) for g in self.param_groups], self._group_of
+        return [self._method(g) for g in self.param_groups], self._group_of
 
     def _count(self, params: list[Tensor], gradients: Tensors) -> None:
         """Note that a step was taken."""
@@ -479,7 +259,7 @@ class _PathOptimizer(torch.optim.Optimizer):
         """As of every optimizer, and under "gsgd" the skeleton and the reference scale."""
         state = super().state_dict()
         coordinates = {name: torch.from_numpy(x) for name, x in self._coordinates.save().items()}
-        state["gsgd"] = {**coordinates, "steps": self._stats.steps, "clamped": int(self._stats.clamped)}
+        state["gsgd"] = {**coordinates, **asdict(self.stats)}
         return state
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -524,18 +304,17 @@ class _PathOptimizer(torch.optim.Optimizer):
         self._coordinates, self._engine = coordinates, None
         self._plan, self._seen = None, ()
         if given is not None:
-            self._stats = Stats(given["steps"], given["clamped"])
+            self._stats = Stats(given["steps"], given["clamped"], given.get("skipped", 0))  # version 0.1 has none
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = ("network", "_coordinates", "_scale", "_rule", "_max_ratio", "_clip_norm", "_threads")
+        kept = ("network", "_coordinates", "_options", "_engine_option")
         return {**super().__getstate__(), **{name: getattr(self, name) for name in kept}, "_stats": self.stats}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self.__dict__.setdefault("_clip_norm", None)  # version 0.1 had none
         for group in self.param_groups:
-            for name, value in self.defaults.items():
-                group.setdefault(name, value)
+            for name in (*self.method.names(), "maximize"):  # a state of another optimizer may lack some
+                group.setdefault(name, self.defaults[name])
         self._engine, self._plan, self._seen = None, None, ()
 
 
@@ -557,6 +336,9 @@ class GSGD(_PathOptimizer):
         For tracing a module, see `trace`.
     scale, rule, max_ratio, clip_norm, threads
         See `gsgd.GSGD`. `threads` is torch.get_num_threads() by default.
+    engine : {"auto", "core", "array", "triton"}
+        What takes the steps: the C core (float32 and float64 on the CPU), array operations (any device), or kernels
+        of Triton. One that can't take the parameters is an error; "auto" is the fastest that can.
 
     Notes
     -----
@@ -576,32 +358,19 @@ class GSGD(_PathOptimizer):
         In `step`, on the CPU: a gradient or a path ratio is not finite. On other devices such a step is left out.
     """
 
+    method = SGD
     moments = ("momentum_buffer", "")
-
-    @staticmethod
-    def rates(group: Mapping[str, Any], step: int) -> Rates:
-        """SGD's."""
-        return sgd(group["lr"], group["momentum"], group["nesterov"], group["weight_decay"])
 
     def __init__(
         self,
         params: Params,
-        lr: float | Tensor = 0.1,
-        momentum: float = 0.0,
-        nesterov: bool = False,
-        weight_decay: float = 0.0,
+        lr: float | Tensor = SGD.lr,
+        momentum: float = SGD.momentum,
+        nesterov: bool = SGD.nesterov,
+        weight_decay: float = SGD.weight_decay,
         *,
-        network: Network | None = None,
-        example_inputs: Any = None,
-        leave_out: str | Sequence[str] = (),
-        residual: Residual = "tie",
-        batch_norm: BatchNormMode = "exact",
-        scale: ScaleName = "balanced",
-        rule: Rule = "modulo",
-        max_ratio: MaxRatio = "auto",
-        clip_norm: float | None = None,
         maximize: bool = False,
-        threads: int | None = None,
+        **options: Unpack[Arguments],
     ) -> None:
         defaults = {
             "lr": lr,
@@ -610,19 +379,19 @@ class GSGD(_PathOptimizer):
             "weight_decay": weight_decay,
             "maximize": maximize,
         }
-        more = (network, example_inputs, leave_out, residual, batch_norm, scale, rule, max_ratio, clip_norm, threads)
-        super().__init__(params, defaults, *more)
+        super().__init__(params, defaults, **options)
 
     @classmethod
-    def paper(cls, model: nn.Module, lr: float | Tensor = 0.1, **options: Any) -> GSGD:
+    def paper(cls, model: nn.Module, lr: float | Tensor = SGD.lr, **options: Any) -> GSGD:
         """The paper's own method: residual "pin", batch_norm "paper", rule "modulo", scale "ones", no limit on ratios.
 
         As its released code: ``batch_norm="released"``, with stem, shortcuts and classifier in `leave_out`.
 
-        It overwrites the skeleton weights of `model` by 1 (section 11.2).
+        It overwrites the skeleton weights of `model` by 1 (section 11.2). The first two settings are for tracing: with
+        ``network=``, the description is what it was made with.
         """
-        paper = {"residual": "pin", "batch_norm": "paper", "rule": "modulo", "scale": "ones"}
-        return cls(model, lr, **(paper | options))
+        tracing = {} if options.get("network") is not None else {"residual": "pin", "batch_norm": "paper"}
+        return cls(model, lr, **({**tracing, "rule": "modulo", "scale": "ones"} | options))
 
 
 class GAdam(_PathOptimizer):
@@ -631,7 +400,7 @@ class GAdam(_PathOptimizer):
     Parameters
     ----------
     params, network, example_inputs, leave_out, residual, batch_norm, scale, rule, max_ratio, clip_norm, threads
-    maximize
+    engine, maximize
         See `GSGD`.
     lr, betas, eps, weight_decay
         As in `torch.optim.AdamW`, on the coordinates that `gsgd.GSGD` describes.
@@ -645,33 +414,20 @@ class GAdam(_PathOptimizer):
     that were left out because something was not finite.
     """
 
+    method = Adam
     moments = ("exp_avg", "exp_avg_sq")
-
-    @staticmethod
-    def rates(group: Mapping[str, Any], step: int) -> Rates:
-        """Adam's."""
-        return adam(group["lr"], group["betas"], group["eps"], group["weight_decay"], group["decoupled"], step)
 
     def __init__(
         self,
         params: Params,
-        lr: float | Tensor = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 0.0,
-        decoupled: bool = True,
+        lr: float | Tensor = Adam.lr,
+        betas: tuple[float, float] = Adam.betas,
+        eps: float = Adam.eps,
+        weight_decay: float = Adam.weight_decay,
+        decoupled: bool = Adam.decoupled,
         *,
-        network: Network | None = None,
-        example_inputs: Any = None,
-        leave_out: str | Sequence[str] = (),
-        residual: Residual = "tie",
-        batch_norm: BatchNormMode = "exact",
-        scale: ScaleName = "balanced",
-        rule: Rule = "modulo",
-        max_ratio: MaxRatio = "auto",
-        clip_norm: float | None = None,
         maximize: bool = False,
-        threads: int | None = None,
+        **options: Unpack[Arguments],
     ) -> None:
         defaults = {
             "lr": lr,
@@ -681,17 +437,17 @@ class GAdam(_PathOptimizer):
             "decoupled": decoupled,
             "maximize": maximize,
         }
-        more = (network, example_inputs, leave_out, residual, batch_norm, scale, rule, max_ratio, clip_norm, threads)
-        super().__init__(params, defaults, *more)
+        super().__init__(params, defaults, **options)
 
-    def _rates(self, engine: _CoreEngine | _ArrayEngine, gradients: Tensors) -> tuple[list[Rates], list[int]]:
+    def _methods(self, engine: Engine, gradients: Tensors) -> tuple[list[Method], list[int]]:
         """The bias corrections are of the number of steps that a parameter itself has taken."""
         place: dict[tuple[int, int], int] = {}
         which = []
         for p, g, group in zip(engine.params, gradients, self._group_of, strict=True):
             step = int(self.state[p].get("step", 0)) + (g is not None)
             which.append(place.setdefault((group, max(1, step)), len(place)))
-        return [self.rates(self.param_groups[group], step) for group, step in place], which
+        own = [self._method(g) for g in self.param_groups]
+        return [own[group].at(step) for group, step in place], which
 
     def _count(self, params: list[Tensor], gradients: Tensors) -> None:
         for p, g in zip(params, gradients, strict=True):
@@ -704,39 +460,26 @@ class GRMSprop(_PathOptimizer):
     Parameters
     ----------
     params, network, example_inputs, leave_out, residual, batch_norm, scale, rule, max_ratio, clip_norm, threads
-    maximize
+    engine, maximize
         See `GSGD`.
     lr, alpha, eps, weight_decay, momentum
         As in `torch.optim.RMSprop`, on the coordinates that `gsgd.GSGD` describes.
     """
 
+    method = RMSprop
     moments = ("momentum_buffer", "square_avg")
-
-    @staticmethod
-    def rates(group: Mapping[str, Any], step: int) -> Rates:
-        """RMSProp's."""
-        return rmsprop(group["lr"], group["alpha"], group["eps"], group["weight_decay"], group["momentum"])
 
     def __init__(
         self,
         params: Params,
-        lr: float | Tensor = 1e-2,
-        alpha: float = 0.99,
-        eps: float = 1e-8,
-        weight_decay: float = 0.0,
-        momentum: float = 0.0,
+        lr: float | Tensor = RMSprop.lr,
+        alpha: float = RMSprop.alpha,
+        eps: float = RMSprop.eps,
+        weight_decay: float = RMSprop.weight_decay,
+        momentum: float = RMSprop.momentum,
         *,
-        network: Network | None = None,
-        example_inputs: Any = None,
-        leave_out: str | Sequence[str] = (),
-        residual: Residual = "tie",
-        batch_norm: BatchNormMode = "exact",
-        scale: ScaleName = "balanced",
-        rule: Rule = "modulo",
-        max_ratio: MaxRatio = "auto",
-        clip_norm: float | None = None,
         maximize: bool = False,
-        threads: int | None = None,
+        **options: Unpack[Arguments],
     ) -> None:
         defaults = {
             "lr": lr,
@@ -746,63 +489,4 @@ class GRMSprop(_PathOptimizer):
             "momentum": momentum,
             "maximize": maximize,
         }
-        more = (network, example_inputs, leave_out, residual, batch_norm, scale, rule, max_ratio, clip_norm, threads)
-        super().__init__(params, defaults, *more)
-
-
-class PathSGD(torch.optim.Optimizer):
-    """Path-SGD (Neyshabur et al., 2015): ``w <- w - lr g / kappa``, see `gsgd.PathSGD`.
-
-    Parameters
-    ----------
-    params, network, example_inputs, residual
-        See `GSGD`.
-    lr : float
-
-    Notes
-    -----
-    A baseline, not made for speed: every step computes kappa on the CPU, in float64.
-    """
-
-    def __init__(
-        self,
-        params: Params,
-        lr: float | Tensor = 0.1,
-        *,
-        network: Network | None = None,
-        example_inputs: Any = None,
-        residual: Residual = "tie",
-    ) -> None:
-        named, self.network = named_network(params, network, example_inputs, (), residual, "exact")
-        require_symmetry(self.network)
-        super().__init__(named, {"lr": lr})
-        for group in self.param_groups:
-            sgd(group["lr"], 0.0, False, 0.0)
-            if "param_names" not in group:
-                raise ValueError(_EXPECTED)
-
-    @overload
-    def step(self, closure: None = None) -> None: ...
-    @overload
-    def step(self, closure: Closure) -> Any: ...
-    @torch.no_grad()
-    def step(self, closure: Closure | None = None) -> Any:
-        """Update the parameters; `closure`, if given, is called first and its loss returned."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        named = [(n, p, g["lr"]) for g in self.param_groups for n, p in zip(g["param_names"], g["params"], strict=True)]
-        kappa = path_kappa({n: p.detach().cpu().double().numpy() for n, p, _ in named}, self.network)
-        for name, p, lr in named:
-            if p.grad is None:
-                continue
-            step = p.grad
-            if name in kappa:
-                k = torch.from_numpy(kappa[name]).to(p.dtype).to(p.device)
-                step = torch.where(k > 0, p.grad / k, 0)
-            p.sub_(lr * step)
-        return loss
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "network": self.network}
+        super().__init__(params, defaults, **options)

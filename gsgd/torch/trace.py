@@ -12,19 +12,14 @@ place becomes one unit with it.
 
 from __future__ import annotations
 
-import inspect
-import math
 import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map_only
 
-from gsgd.network import BatchNormMode, Features, Network, Residual
+from gsgd.network import BatchNormMode, Network, Residual
 from gsgd.torch.follow import (
     OUT_OF_SIGHT,
     Follow,
@@ -38,8 +33,11 @@ from gsgd.torch.follow import (
     tensors_in,
     unwrap,
 )
+from gsgd.torch.rules import find_rule
 from gsgd.trace.names import match
-from gsgd.trace.nodes import Algebra, Nodes, NotUnderstood, along, compact, expanded
+from gsgd.trace.nodes import Algebra, Nodes, NotUnderstood, along, expanded
+from gsgd.trace.rules import Operand
+from gsgd.trace.weights import weight_view
 
 # fmt: off
 # what they draw differs from pass to pass
@@ -161,6 +159,7 @@ class _Describe(Follow):
         self.parameters, self.reads, self.ends = parameters, reads, ends
         self.known: dict[int, tuple[Tensor, Nodes]] = {}  # id -> the value, kept alive, and its nodes
         self.drawn: set[int] = set()  # ids of what was made of random numbers
+        self.views: dict[int, Tensor] = {}  # id of a view -> its parameter
         self.reasons: dict[str, str] = {}  # of parameters: what reads them first
 
     # values
@@ -170,7 +169,24 @@ class _Describe(Follow):
             return self.known[id(t)][1]
         if t.is_meta:
             raise ValueError(OUT_OF_SIGHT)
-        return self.on.fill(t.shape)
+        zero = is_continuous(t) and t.numel() > 0 and not t.any()
+        self.known[id(t)] = (t, self.on.zero(t.shape) if zero else self.on.fill(t.shape))
+        return self.known[id(t)][1]
+
+    def operand(self, value: Any) -> Operand:
+        """A tensor or a number."""
+        if not isinstance(value, Tensor):
+            return Operand(self.on.fill(()) if value else self.on.zero(()))
+        p = self.views.get(id(value), value)
+        name = self.described(p)
+        own = None if name is None else weight_view(name, p.shape, p.stride(), value.shape, value.stride())
+        return Operand(self.nodes(value), own)
+
+    def moved(self, t: Tensor, views: list[Tensor]) -> None:
+        """If `t` is a parameter, so are its views."""
+        p = self.views.get(id(t), t)
+        if id(p) in self.parameters:
+            self.views.update((id(view), p) for view in views if view._base is p)
 
     def know(self, t: Tensor, nodes: Nodes) -> None:
         if id(t) in self.known:  # made in place: what views of it were taken to be must stay true
@@ -209,12 +225,17 @@ class _Describe(Follow):
     def weight(self, t: Any) -> str:
         name = self.described(t)
         if name is None:
-            if id(t) in self.parameters:
-                raise NotUnderstood(f"its weight {self.parameters[id(t)]} is read {self.reads[id(t)]} times")
-            raise NotUnderstood("its weight is computed, or shares its memory")
+            raise NotUnderstood(self.why_not_described(t) or "its weight is computed, or shares its memory")
         if not t.numel():
             raise NotUnderstood("its weight has no entries")
         return name
+
+    def why_not_described(self, t: Any) -> str:
+        """Why a parameter, or a view of one, can't be described; nothing for others and for those that can."""
+        p = self.views.get(id(t), t)
+        if id(p) not in self.parameters or self.described(p) is not None:
+            return ""
+        return f"its weight {self.parameters[id(p)]} is read {self.reads[id(p)]} times"
 
     # operations
 
@@ -233,15 +254,17 @@ class _Describe(Follow):
             nodes = list(made) if isinstance(made, tuple | list) else [made]
             if [n.shape for n in nodes] != [t.shape for t in results]:
                 raise NotUnderstood("an unexpected result")
+            if name_of(func).endswith("_") and isinstance(args[0], Tensor) and nodes[0] is not self.nodes(args[0]):
+                self.on.overwrite(self.nodes(args[0]))
         except NotUnderstood as why:
             reason = f"{self.current}: {why}".removesuffix(": ")
             for t in reads:
                 self.on.pin(self.nodes(t), reason)
             node = int(self.net.input(1, reason).per_feature[0]) if reads and results else None
             nodes = [self.on.fill(t.shape, node) for t in results]
-        for t in reads:
-            if id(t) in self.parameters:
-                self.reasons.setdefault(self.parameters[id(t)], reason)
+        for p in (self.views.get(id(t), t) for t in reads):
+            if id(p) in self.parameters and not (results and all(id(t) in self.views for t in results)):
+                self.reasons.setdefault(self.parameters[id(p)], reason)
         for t, n in zip(results, nodes, strict=True):
             self.know(t, n)
         for t in tensors_in(out):
@@ -249,364 +272,7 @@ class _Describe(Follow):
 
     def describe(self, func: Callable[..., Any], args: Any, kwargs: Any, out: Any) -> Any:
         """The nodes of what `func` returns (of its real or complex tensors)."""
-        name = name_of(func)
-        plain = name.strip("_") if name.endswith("_") else name  # in place or not
-        rule = RULES.get(name) or ELEMENTWISE.get(name) or ELEMENTWISE.get(plain)
+        rule = find_rule(name_of(func))
         if rule is None:
             raise NotUnderstood
         return rule(self, func, args, kwargs, out)
-
-    # rules that are told the result, and the arguments as they were given
-
-    def linear(self, out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Nodes:
-        name = self.weight(weight)
-        features = self.on.read_flattened(self.nodes(x), -1)
-        return self.written(self.net.dense(name, features, weight.shape[0], bias=self.described(bias)), bias, -1, out)
-
-    def convolution(
-        self,
-        out: Tensor,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None = None,
-        stride: Any = 1,
-        padding: Any = 0,
-        dilation: Any = 1,
-        groups: int = 1,
-    ) -> Nodes:
-        return self.convolved(out, x, weight, bias, groups, "oidhw")
-
-    def transposed_convolution(
-        self,
-        out: Tensor,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None = None,
-        stride: Any = 1,
-        padding: Any = 0,
-        output_padding: Any = 0,
-        groups: int = 1,
-        dilation: Any = 1,
-    ) -> Nodes:
-        return self.convolved(out, x, weight, bias, groups, "iodhw")
-
-    def convolved(
-        self, out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, groups: int, letters: str
-    ) -> Nodes:
-        spatial = weight.ndim - 2
-        name, dim = self.weight(weight), -spatial - 1
-        y = self.net.conv(
-            name,
-            self.on.read(self.nodes(x), dim),
-            out.shape[dim],
-            tuple(weight.shape[2:]),
-            groups=groups,
-            bias=self.described(bias),
-            layout=letters[:2] + letters[-spatial:],
-        )
-        return self.written(y, bias, dim, out)
-
-    def written(self, y: Features, bias: Tensor | None, dim: int, out: Tensor) -> Nodes:
-        if bias is not None and self.described(bias) is None:
-            reason = f"{self.current}: its bias is read elsewhere, or computed"
-            self.on.pin(self.nodes(bias), reason)
-            self.net.pin(y, reason)
-        return along(y.per_feature, dim, out.shape)
-
-    def normalization(
-        self,
-        out: Tensor,
-        x: Tensor,
-        mean: Any,
-        var: Any,
-        weight: Tensor | None = None,
-        bias: Tensor | None = None,
-        *_: Any,
-        **options: Any,
-    ) -> Nodes:
-        channels = self.on.read(self.nodes(x), 1)
-        if self.batch_norm != "exact" and not self.net.is_written(channels):
-            raise NotUnderstood("no layer is right before it")
-        self.pin_computed(weight)
-        y = self.net.batch_norm(channels, self.described(weight), self.described(bias), self.batch_norm)
-        return self.written(y, bias, 1, out)
-
-    def pin_computed(self, weight: Tensor | None) -> None:
-        if weight is not None and self.described(weight) is None:
-            self.on.pin(self.nodes(weight), f"{self.current}: as its weight")
-
-    def affine(self, out: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, dim: int) -> Nodes:
-        """What a normalization over more than single channels does to these."""
-        if any(t is not None and t.ndim != 1 for t in (weight, bias)):
-            raise NotUnderstood("of more than one axis")
-        self.pin_computed(weight)
-        y = self.net.norm(self.on.read(self.nodes(x), dim), self.described(weight), self.described(bias))
-        return self.written(y, bias, dim, out)
-
-    def layer_norm(
-        self,
-        out: Tensor,
-        x: Tensor,
-        normalized_shape: Any,
-        weight: Tensor | None = None,
-        bias: Tensor | None = None,
-        *_: Any,
-        **options: Any,
-    ) -> Nodes:
-        return self.affine(out, x, weight, bias, -1)
-
-    def rms_norm(
-        self, out: Tensor, x: Tensor, normalized_shape: Any, weight: Tensor | None = None, eps: float | None = None
-    ) -> Nodes:
-        return self.affine(out, x, weight, None, -1)
-
-    def group_norm(
-        self,
-        out: Tensor,
-        x: Tensor,
-        num_groups: int,
-        weight: Tensor | None = None,
-        bias: Tensor | None = None,
-        *_: Any,
-        **options: Any,
-    ) -> Nodes:
-        return self.affine(out, x, weight, bias, 1)
-
-    def matmul(self, out: Tensor, a: Tensor, other: Tensor) -> Nodes:
-        if a.ndim < 2 or other.ndim < 2:
-            raise NotUnderstood("by a vector")
-        name = self.described(other)
-        if name is not None and other.ndim == 2 and other.numel():
-            features = self.on.read_flattened(self.nodes(a), -1)
-            return self.written(self.net.dense(name, features, other.shape[1], layout="io"), None, -1, out)
-        batch = tuple(out.shape[:-2])
-        factors = [np.broadcast_to(self.nodes(t), (*batch, *t.shape[-2:])) for t in (a, other)]
-        n = len(batch)
-        summed, same = ((n + 1,), (n,)), (range(n), range(n))
-        return self.on.matmul(out.shape, (factors[0], factors[1]), summed, same, "by a feature")
-
-    def attention(
-        self,
-        out: Tensor,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attn_mask: Tensor | None = None,
-        *_: Any,
-        enable_gqa: bool = False,
-        **options: Any,
-    ) -> Nodes:
-        """Sums of values over positions, whose weights are pinned."""
-        for t in (query, key, attn_mask):
-            if t is not None:
-                self.on.pin(self.nodes(t), f"{self.current}: as its weights")
-        nodes = self.on.one(self.nodes(value), [value.ndim - 2])
-        if enable_gqa:
-            nodes = np.repeat(nodes, query.shape[-3] // value.shape[-3], axis=-3)
-        return np.broadcast_to(nodes, out.shape)
-
-    def same(self, out: Any, x: Tensor, *_: Any, **options: Any) -> Nodes:
-        return self.nodes(x)
-
-    def make(self, out: Tensor, *_: Any, **options: Any) -> Nodes:
-        return self.on.fill(out.shape)
-
-    def prelu(self, out: Tensor, x: Tensor, weight: Tensor) -> Nodes:
-        self.on.pin(self.nodes(weight), f"{self.current}: as its slope")
-        return self.nodes(x)
-
-    def interpolate(self, out: Tensor, x: Tensor, *_: Any, **options: Any) -> Nodes:
-        return self.on.pool(self.nodes(x), range(2, out.ndim), out.shape)
-
-    def reduce(self, out: Any, x: Tensor, dim: Any = None, *_: Any, axis: Any = None, **options: Any) -> Nodes:
-        if not options.keys() <= {"keepdim", "dtype"}:
-            raise NotUnderstood
-        nodes, dims = self.nodes(x), axis if dim is None else dim
-        dims = [dims] if isinstance(dims, int) else dims or range(nodes.ndim)
-        return self.on.collapse(nodes, [d % nodes.ndim for d in dims]).reshape(tensors_in(out)[0].shape)
-
-    def extremum(self, out: Any, a: Tensor, other: Any = None, *more: Any, **options: Any) -> Nodes:
-        """Of two tensors, or of one along a dimension."""
-        if not isinstance(other, Tensor):
-            return self.reduce(out, a, **options) if other is None else self.reduce(out, a, other, *more, **options)
-        p, q = self.pair(a, other)
-        return p if _is_zero(other) else self.on.choose(p, q)
-
-    def pad(self, out: Tensor, x: Tensor, pad: Any, mode: str = "constant", value: float | None = None) -> Nodes:
-        """By zeros, or by copies, which scale as what they are copies of."""
-        if mode == "constant" and value:
-            raise NotUnderstood(f"value={value}")
-        nodes = self.nodes(x)
-        for i in range(len(pad) // 2):
-            d, (before, after) = nodes.ndim - 1 - i, pad[2 * i : 2 * i + 2]
-            if mode != "constant" and (before or after):
-                shape = (*nodes.shape[:d], out.shape[d], *nodes.shape[d + 1 :])
-                nodes = np.broadcast_to(self.on.collapse(nodes, [d]), shape)
-            elif before or after:
-                nodes = self.on.pad(nodes, d, before, after)
-        return nodes
-
-    def pair(self, a: Tensor, b: Tensor) -> tuple[Nodes, Nodes]:
-        shape = np.broadcast_shapes(a.shape, b.shape)
-        return np.broadcast_to(self.nodes(a), shape), np.broadcast_to(self.nodes(b), shape)
-
-    def add(self, out: Tensor, a: Any, other: Any, **options: Any) -> Nodes:
-        for x, y in ((a, other), (other, a)):
-            if not isinstance(y, Tensor):
-                if y != 0:
-                    raise NotUnderstood("of a constant")
-                return self.nodes(x)
-        p, q = self.pair(a, other)
-        if self.on.is_constant(p) or self.on.is_constant(q):
-            raise NotUnderstood("of a constant")
-        return self.on.add(p, q)
-
-    def multiply(self, out: Tensor, a: Any, other: Any) -> Nodes:
-        if not isinstance(other, Tensor):
-            return self.nodes(a)
-        return self.on.multiply(*self.pair(a, other)) if isinstance(a, Tensor) else self.nodes(other)
-
-    def divide(self, out: Tensor, a: Any, other: Any, rounding_mode: str | None = None) -> Nodes:
-        if rounding_mode is not None or not isinstance(a, Tensor):
-            raise NotUnderstood
-        return self.on.multiply(*self.pair(a, other), divide=True) if isinstance(other, Tensor) else self.nodes(a)
-
-    def clamp(self, out: Tensor, x: Tensor, min: Any = None, max: Any = None) -> Nodes:
-        if not _is_zero(min) or max not in (None, float("inf")):
-            raise NotUnderstood
-        return self.nodes(x)
-
-    # rules that are told the function
-
-    def rearrange(self, func: Callable[..., Any], args: Any, kwargs: Any, out: Any) -> Any:
-        if any(isinstance(a, torch.dtype) for a in tree_leaves((args, kwargs))):
-            raise NotUnderstood("reinterpreted as another dtype")
-        if any(t.is_meta and not is_continuous(t) for t in tensors_in((args, kwargs))):
-            raise NotUnderstood("computed indices")
-        # a view of the value may need a copy of its nodes, which have strides of their own
-        copying: dict[str, Callable[..., Any]] = {"view": Tensor.reshape, "view_as": Tensor.reshape_as}
-        func = copying.get(name_of(func), func)
-        try:
-            self.refuse_drawn(func, args, kwargs)
-            args, kwargs = tree_map_only(Tensor, lambda t: self.as_tensor(t) if is_continuous(t) else t, (args, kwargs))
-            return tree_map_only(Tensor, Tensor.numpy, func(*args, **kwargs))
-        except (IndexError, RuntimeError) as error:  # another function of the same name
-            raise NotUnderstood from error
-
-    def as_tensor(self, t: Tensor) -> Tensor:
-        """The nodes of a value, for torch to move them about."""
-        nodes = self.nodes(t)
-        return torch.from_numpy(compact(nodes)[0].copy()).expand(nodes.shape)
-
-    def refuse_drawn(self, func: Callable[..., Any], args: Any, kwargs: Any) -> None:
-        """Indices that were drawn may only select along dimensions along which the nodes are equal."""
-        tensors = tensors_in((args, kwargs))
-        values = [t for t in tensors if is_continuous(t)]
-        drawn = {id(t) for t in tensors if id(t) in self.drawn and not is_continuous(t)}
-        if not values or not drawn:
-            return
-        nodes = self.nodes(values[0])
-        shape = [max(2, n) for n in nodes.shape]  # 0 and 1 are indices along every dimension
-        differ = [n if n > 1 and step else 1 for n, step in zip(nodes.shape, nodes.strides, strict=True)]
-        places = torch.arange(math.prod(differ)).reshape(differ).expand(shape)
-
-        def select(index: int) -> Tensor:
-            def convert(t: Tensor) -> Tensor:
-                return places if is_continuous(t) else torch.full_like(t, index) if id(t) in drawn else t
-
-            a, k = tree_map_only(Tensor, convert, (args, kwargs))
-            return func(*a, **k)  # type: ignore[no-any-return]
-
-        if not torch.equal(select(0), select(1)):
-            raise NotUnderstood("random indices")
-
-
-def _is_zero(value: Any) -> bool:
-    if isinstance(value, Tensor):
-        return not value.is_meta and not value.any()
-    return value is not None and value == 0
-
-
-Rule = Callable[[_Describe, Callable[..., Any], Any, Any, Any], Any]
-
-
-def _made(rule: Callable[..., Any]) -> Rule:
-    """A rule that is told the result and the arguments; others than it expects are not understood."""
-    signature = inspect.signature(rule)
-
-    def apply(describe: _Describe, func: Callable[..., Any], args: Any, kwargs: Any, out: Any) -> Any:
-        try:
-            bound = signature.bind(describe, out, *args, **kwargs)
-        except TypeError as error:
-            raise NotUnderstood("of this form") from error
-        return rule(*bound.args, **bound.kwargs)
-
-    return apply
-
-
-def _pooled(spatial: int) -> Rule:
-    def apply(describe: _Describe, func: Callable[..., Any], args: Any, kwargs: Any, out: Any) -> Any:
-        nodes = describe.nodes(args[0])
-        return describe.on.pool(nodes, range(nodes.ndim - spatial, nodes.ndim), tensors_in(out)[0].shape)
-
-    return apply
-
-
-def _normalized(describe: _Describe, func: Callable[..., Any], args: Any, kwargs: Any, out: Any) -> Any:
-    if func is not F.batch_norm:
-        raise NotUnderstood
-    return describe.normalization(out, *args, **kwargs)
-
-
-# what is in neither table pins what it reads. These may be done in place:
-# fmt: off
-ELEMENTWISE: dict[str, Rule] = {
-    # f(c x) = c f(x) for c > 0, element by element, whatever the other arguments are
-    **dict.fromkeys((
-        "abs", "absolute", "bfloat16", "clone", "contiguous", "cpu", "cuda", "double", "dropout", "dropout1d",
-        "dropout2d", "dropout3d", "feature_dropout", "float", "half", "leaky_relu", "neg", "negative", "positive",
-        "relu", "requires_grad_", "rrelu", "to", "type", "type_as",
-    ), _made(_Describe.same)),
-    **dict.fromkeys(("add", "rsub", "sub", "subtract"), _made(_Describe.add)),
-    **dict.fromkeys(("clamp", "clamp_min", "clip"), _made(_Describe.clamp)),
-    **dict.fromkeys(("div", "divide", "true_divide"), _made(_Describe.divide)),
-    **dict.fromkeys(("mul", "multiply"), _made(_Describe.multiply)),
-}
-RULES: dict[str, Rule] = {
-    "batch_norm": _normalized,
-    **dict.fromkeys((f"conv{n}d" for n in (1, 2, 3)), _made(_Describe.convolution)),
-    **dict.fromkeys((f"conv_transpose{n}d" for n in (1, 2, 3)), _made(_Describe.transposed_convolution)),
-    "group_norm": _made(_Describe.group_norm),
-    "layer_norm": _made(_Describe.layer_norm),
-    "linear": _made(_Describe.linear),
-    **dict.fromkeys(("__matmul__", "bmm", "matmul", "mm"), _made(_Describe.matmul)),
-    "pad": _made(_Describe.pad),
-    "prelu": _made(_Describe.prelu),
-    "rms_norm": _made(_Describe.rms_norm),
-    "scaled_dot_product_attention": _made(_Describe.attention),
-    **dict.fromkeys(("interpolate", "upsample"), _made(_Describe.interpolate)),
-    **dict.fromkeys(("amax", "amin", "mean", "sum"), _made(_Describe.reduce)),
-    **dict.fromkeys(("max", "maximum", "min", "minimum"), _made(_Describe.extremum)),
-    **{
-        f"{kind}_{pool}{n}d{more}": _pooled(n)
-        for n in (1, 2, 3)
-        for kind in ("adaptive_avg", "adaptive_max", "avg", "fractional_max", "lp", "max")
-        for pool in ("pool", "unpool")
-        for more in ("", "_with_indices")
-    },
-    # of an argument only its shape and dtype are used
-    **dict.fromkeys((
-        "empty_like", "full_like", "new_empty", "new_full", "new_ones", "new_zeros", "ones_like", "rand_like",
-        "randint_like", "randn_like", "zeros_like",
-    ), _made(_Describe.make)),
-    # each element of the result is an element of an argument
-    **dict.fromkeys((
-        "T", "__getitem__", "broadcast_to", "cat", "channel_shuffle", "chunk", "concat", "concatenate", "dsplit",
-        "dstack", "expand", "expand_as", "flatten", "flip", "hsplit", "hstack", "index_select", "mT", "moveaxis",
-        "movedim", "narrow", "permute", "pixel_shuffle", "pixel_unshuffle", "repeat", "repeat_interleave", "reshape",
-        "reshape_as", "roll", "select", "split", "split_with_sizes", "squeeze", "stack", "swapaxes", "swapdims", "t",
-        "tensor_split", "tile", "transpose", "unbind", "unflatten", "unfold", "unsafe_chunk", "unsafe_split",
-        "unsqueeze", "view", "view_as", "vsplit", "vstack",
-    ), _Describe.rearrange),
-}
-# fmt: on

@@ -1,0 +1,59 @@
+"""What takes a step on tensors: `choose` says which engine does."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from gsgd.coordinates import Coordinates
+from gsgd.network import Network
+from gsgd.torch.engines.array import ArrayEngine
+from gsgd.torch.engines.base import Engine, EngineName, Tensors
+from gsgd.torch.engines.core import CoreEngine
+
+__all__ = ["ArrayEngine", "CoreEngine", "Engine", "EngineName", "EngineOption", "Tensors", "check_engine", "choose"]
+
+EngineOption = Literal["auto"] | EngineName
+
+
+def check_engine(engine: EngineOption) -> EngineOption:
+    """`engine`, if it is one."""
+    if engine not in ("auto", "core", "array", "triton"):
+        raise ValueError(f"engine: expected 'auto', 'core', 'array' or 'triton', got {engine!r}")
+    return engine
+
+
+def choose(
+    engine: EngineOption, net: Network, coordinates: Coordinates, tensors: Mapping[str, Tensor], plan: Any = None
+) -> Engine:
+    """The engine that is asked for, on `tensors` as they are now; "auto": the fastest that can take them.
+
+    `plan`, if given, is a plan of the C core that has the trees of `coordinates`.
+
+    Raises
+    ------
+    ValueError
+        The parameters are on several devices, or the engine can't take them: it says why.
+    """
+    devices = {p.device for p in tensors.values()}
+    if len(devices) > 1:
+        raise ValueError(f"expected all parameters on one device, got {sorted(map(str, devices))}")
+    if engine == "triton":
+        raise ValueError("engine 'triton': is not available yet; use 'auto'")
+    outside = _outside_of_core(tensors)
+    if engine == "core" and outside is not None:
+        raise ValueError(f"engine 'core': takes float32 and float64 parameters on the CPU, {outside}")
+    if engine == "array" or outside is not None:
+        return ArrayEngine(net, coordinates, tensors)
+    return CoreEngine(net, coordinates, tensors, plan)
+
+
+def _outside_of_core(tensors: Mapping[str, Tensor]) -> str | None:
+    """Why the C core can't take the tensors."""
+    for name, p in tensors.items():
+        if p.device != torch.device("cpu") or p.dtype not in (torch.float32, torch.float64):
+            return f"{name!r} is of {p.dtype} on {p.device}"
+    return None

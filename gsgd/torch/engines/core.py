@@ -1,0 +1,94 @@
+"""The engine of CPU tensors: the C core."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from gsgd.arrays import check_parameters
+from gsgd.coordinates import Coordinates
+from gsgd.methods import Method
+from gsgd.network import Network
+from gsgd.optimizer import Stats
+from gsgd.skeleton import batch_norm_gradients, explain, make_plan
+from gsgd.torch.engines.base import Engine, Tensors
+
+
+class CoreEngine(Engine):
+    """Steps by the C core, on NumPy views of CPU tensors that are made once."""
+
+    name = "core"
+
+    def __init__(self, net: Network, coordinates: Coordinates, tensors: Mapping[str, Tensor], plan: Any = None) -> None:
+        super().__init__(net, tensors)
+        views = {name: alias.numpy() for name, alias in zip(tensors, self.aliases, strict=True)}
+        self.arrays = check_parameters(views, net, others=True)
+        self.weights = list(self.arrays.values())
+        self.layouts = [(p.stride(), p.shape, p.dtype) for p in self.aliases]
+        self.trees = coordinates.edges
+        if plan is None:
+            plan, _ = make_plan(net, self.arrays, "c")
+            plan.set_trees(*self.trees)
+        self.plan = plan
+        self.plan.set_reference(*coordinates.scale)
+        self.approximates = any(b.batch_norm for b in net.blocks)
+        self.addresses: list[list[int | None]] = []
+        self.views: list[list[NDArray[Any] | None]] = []
+        self.rows: list[tuple[float, ...]] = []
+        self.which: list[int] = []
+        self.rates = np.zeros((0, 0))
+
+    def step(
+        self,
+        gradients: Tensors,
+        moments: tuple[Tensors, Tensors],
+        methods: list[Method],
+        which: list[int],
+        limits: tuple[float, float],
+        threads: int,
+        stats: Stats,
+    ) -> None:
+        sums = norm = None
+        if self.approximates:
+            found, sums, norm = batch_norm_gradients(self.net, self.arrays, self.as_arrays(gradients), self.trees[0])
+        else:
+            try:
+                found = self.addresses_of(gradients)
+            except (RuntimeError, TypeError):  # a sparse tensor has no strides, NumPy no bfloat16
+                found = self.as_arrays(gradients)
+        addresses = [[None if x is None else x.data_ptr() for x in kind] for kind in moments]
+        if addresses != self.addresses:  # a view keeps its memory, so that no other tensor can have its address
+            self.addresses = addresses
+            self.views = [[None if x is None else x.detach().numpy() for x in kind] for kind in moments]
+        rows = [tuple(map(float, o.row)) for o in methods]
+        if rows != self.rows or which != self.which:
+            self.rows, self.which = rows, which
+            self.rates = np.array(rows, dtype=np.float64)[which]
+        try:
+            clamped = self.plan.step(self.weights, found, sums, norm, *self.views, self.rates, *limits, threads)
+        except FloatingPointError as error:
+            seen = self.as_arrays(gradients)
+            raise FloatingPointError(explain(self.net, self.trees, self.arrays, seen, error.args[0])) from None
+        # autograd did not see what was written
+        written = zip(self.params, gradients, self.following, strict=True)
+        torch.autograd.graph.increment_version([p for p, g, follows in written if follows or g is not None])
+        stats.steps += 1
+        stats.clamped += clamped
+
+    def addresses_of(self, gradients: Tensors) -> Any:
+        """Addresses will do where all gradients are laid out as their parameters."""
+        if all(
+            g is None or (g.stride() == stride and g.shape == shape and g.dtype is dtype and not g.is_neg())
+            for g, (stride, shape, dtype) in zip(gradients, self.layouts, strict=True)
+        ):
+            return np.array([0 if g is None else g.data_ptr() for g in gradients], dtype=np.uintp)
+        return [None if g is None else g.resolve_neg().numpy() for g in gradients]
+
+    def as_arrays(self, gradients: Tensors) -> list[NDArray[Any] | None]:
+        """NumPy views of gradients."""
+        return [None if g is None else g.resolve_neg().numpy() for g in self.checked(gradients)]

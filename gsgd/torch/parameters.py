@@ -1,0 +1,57 @@
+"""What an optimizer is made from: named parameters, and the network that is given or that tracing finds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, TypeAlias
+
+from torch import Tensor, nn
+
+from gsgd.network import Network
+from gsgd.torch.trace import trace
+
+Params: TypeAlias = nn.Module | Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]]
+Closure: TypeAlias = Callable[[], Any]
+
+EXPECTED = "params: expected the model itself, or named parameters (model.named_parameters()) and network="
+
+
+def refuse_unsupported(name: str, p: Tensor) -> None:
+    """A TypeError names a parameter that no step can be taken on."""
+    kinds = {c.__name__ for c in type(p).__mro__}
+    if kinds & {"DTensor", "FlatParameter"}:
+        raise TypeError(
+            f"parameter {name!r} is sharded ({type(p).__name__}): G-SGD needs whole rows and columns. "
+            "Supported are parameters that every process holds whole, as with DistributedDataParallel."
+        )
+    if p.is_sparse or not p.is_floating_point() or p.device.type == "meta":
+        raise TypeError(f"parameter {name!r}: expected a dense floating-point tensor, got {p.dtype} on {p.device}")
+
+
+def named_network(params: Params, network: Network | None, example_inputs: Any, **tracing: Any) -> tuple[Any, Network]:
+    """Named parameters, and the network that is given, or that tracing with these options (None: its own) finds."""
+    if network is not None and not isinstance(network, Network):
+        raise TypeError(f"network: expected a gsgd.Network, got {type(network).__name__}")
+    tracing = {name: value for name, value in tracing.items() if value not in (None, ())}
+    if network is not None or not isinstance(params, nn.Module):
+        for name in tracing:
+            raise ValueError(
+                f"{name}: is for tracing a model, which network= replaces: give network=trace(model, {name}=...)"
+            )
+    if isinstance(params, nn.Module):
+        model = params
+        # integers are no parameters of a step, but some models keep them as frozen ones
+        parameters = {n: p for n, p in model.named_parameters() if p.requires_grad or p.is_floating_point()}
+        if not parameters:
+            raise ValueError("the model has no parameters")
+        for name, p in parameters.items():
+            refuse_unsupported(name, p)
+        if network is None:
+            network = trace(model, example_inputs, **tracing)
+        for name in network.shapes:
+            if name not in parameters:
+                raise ValueError(f"network: the model has no parameter {name!r}, its names are {[*parameters][:3]}...")
+        params = list(parameters.items())
+    if network is None:
+        raise ValueError(EXPECTED)
+    return params, network
