@@ -24,8 +24,8 @@ def refuse_unsupported(name: str, p: Tensor) -> None:
             f"parameter {name!r} is sharded ({type(p).__name__}): G-SGD needs whole rows and columns. "
             "Supported are parameters that every process holds whole, as with DistributedDataParallel."
         )
-    if p.is_sparse or not p.is_floating_point() or p.device.type == "meta":
-        raise TypeError(f"parameter {name!r}: expected a dense floating-point tensor, got {p.dtype} on {p.device}")
+    if p.is_sparse or p.device.type == "meta":
+        raise TypeError(f"parameter {name!r}: expected a dense tensor with values, got {p.layout} on {p.device}")
 
 
 def named_network(params: Params, network: Network | None, example_inputs: Any, **tracing: Any) -> tuple[Any, Network]:

@@ -40,7 +40,7 @@ class ArrayEngine(Engine):
             return (t.to(real) if t.is_floating_point() else t).to(device)
 
         number = {name: i for i, name in enumerate(tensors)}
-        shaped = {name: np.empty(p.shape, dtype=np.float32) for name, p in tensors.items()}
+        shaped = {name: np.empty(p.shape, dtype=np.float32) for name, p in self.arrays.items()}
         _, blocks = make_plan(net, shaped, "reference")
         tables = layout.tables(net.num_units, [(number[b.name], b) for b in blocks], *coordinates.edges)
         self.tables = layout.convert(tables, asarray)
