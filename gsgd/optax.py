@@ -54,7 +54,6 @@ skeleton is an error there.
 from __future__ import annotations
 
 import hashlib
-import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -67,11 +66,12 @@ import numpy as np
 import optax
 from numpy.typing import NDArray
 
-from gsgd import layout, stages
+from gsgd import stages
 from gsgd.coordinates import set_to_one
 from gsgd.jax import names
+from gsgd.layout import Layout, convert, layout
 from gsgd.methods import SGD, Adam, Method, RMSprop
-from gsgd.network import Network, plain_block
+from gsgd.network import Network
 from gsgd.options import MaxRatio, Options, limit
 from gsgd.skeleton import Rule, Skeleton
 
@@ -89,7 +89,7 @@ class Trees:
     method: str
     digest: str
     shapes: dict[str, tuple[int, ...]] = field(compare=False, repr=False)
-    tables: layout.Tables = field(compare=False, repr=False)
+    layout: Layout = field(compare=False, repr=False)
 
     def __str__(self) -> str:
         return f"{self.method} on skeleton {self.digest}"
@@ -275,9 +275,9 @@ def _transformation(
         _check_shapes(trees, weights, gradients)
         moments = [[None] * len(weights) if x is None else structure.flatten_up_to(x) for x in (state.m, state.v)]
         now = make(lr=learning_rate(state.count)) if callable(learning_rate) else method
-        new, new_moments, solution = stages.step(
-            layout.convert(trees.tables, _constant),
-            stages.Scale(*scale),
+        new, solution = stages.step(
+            convert(trees.layout, jnp.asarray),
+            stages.Scale(jnp.stack([scale.in_weights, scale.out_weights]), scale.c),
             weights,
             gradients,
             gradients,
@@ -287,6 +287,7 @@ def _transformation(
             limit(options.max_ratio),
             options.clip_norm,
         )
+        new_weights, new_moments = zip(*new, strict=True)
         finite = solution.finite
         for g in gradients:
             finite &= True if g is None else jnp.isfinite(g).all()
@@ -298,28 +299,12 @@ def _transformation(
             None if olds is None else structure.unflatten(map(changed, old, value))
             for olds, old, value in zip((state.m, state.v), moments, zip(*new_moments, strict=True), strict=True)
         )
-        updates = structure.unflatten(changed(w, x) - w for w, x in zip(weights, new, strict=True))
+        updates = structure.unflatten(changed(w, x) - w for w, x in zip(weights, new_weights, strict=True))
         clamped = jnp.where(finite, solution.clamped, 0).astype(jnp.int32)
         counts = state.count + finite, state.clamped + clamped, state.skipped + ~finite
         return updates, State(*counts, state.reference, m, v)
 
     return optax.GradientTransformationExtraArgs(init, update)
-
-
-def _constant(x: NDArray[Any]) -> Array:
-    """An array of the tables; a mask as a comparison, which takes no memory of its own in a compiled step.
-
-    In a mask of tree edges at most one entry is True in each row (of in-edges), or in each column (of out-edges).
-    """
-    if x.dtype != bool or x.ndim != 6 or not x.size:
-        return jnp.asarray(x)
-    if not x.any():
-        return jnp.zeros([1] * 6, bool)
-    once = (2, 3, 4, 5) if x.sum(axis=(2, 3, 4, 5)).max() <= 1 else (1, 3, 4, 5)
-    extents = [n if axis in once else 1 for axis, n in enumerate(x.shape)]
-    places = np.arange(math.prod(extents)).reshape(extents)
-    found = np.where(x, places, -1).max(axis=once, keepdims=True)
-    return jnp.arange(places.size).reshape(extents) == jnp.asarray(found)
 
 
 def _check_shapes(trees: Trees, weights: Sequence[Array], gradients: Sequence[Array | None]) -> None:
@@ -356,14 +341,14 @@ def _anchor(params: Tree, network: Network, method: str, scale: ScaleName, rule:
     if not network.num_units:
         warnings.warn("no unit was found that can be rescaled: every step is a plain one", stacklevel=3)
     number = {name: i for i, name in enumerate(shapes)}
-    blocks = [*network.blocks, *(plain_block(n, s) for n, s in shapes.items() if n not in network.shapes)]
-    tables = layout.tables(network.num_units, [(number[b.name], b) for b in blocks], *skeleton.edge_arrays)
+    blocks = [(number[b.name], b) for b in network.blocks]
+    found_layout = layout(network.num_units, [*shapes.values()], blocks, *skeleton.edge_arrays)
     digest = hashlib.sha256(repr(shapes).encode())
-    for b in blocks:
+    for _, b in blocks:
         digest.update(repr((b.name, b.dims, b.start)).encode() + b.rows.tobytes() + b.cols.tobytes())
     for edges in skeleton.edge_arrays:
         digest.update(edges.tobytes())
-    trees = Trees(method, digest.hexdigest()[:32], shapes, tables)
+    trees = Trees(method, digest.hexdigest()[:32], shapes, found_layout)
     real = jnp.result_type(float)
 
     def reference_scale(*arrays: Any) -> list[NDArray[Any]]:

@@ -152,6 +152,7 @@ def test_a_plan_and_a_balanced_scale_are_made_once(rule: str, monkeypatch: pytes
     made: list[str] = []
     for module, name in (
         (gsgd.skeleton, "make_plan"),
+        (gsgd.skeleton, "core_plan"),
         (gsgd.torch.engines.core, "make_plan"),
         (gsgd.skeleton, "balanced_scale"),
     ):
@@ -162,9 +163,9 @@ def test_a_plan_and_a_balanced_scale_are_made_once(rule: str, monkeypatch: pytes
     backward(model, 0)
     opt.step()
     opt.step()
-    assert sorted(made) == ["balanced_scale", "make_plan"]
+    assert sorted(made) == ["balanced_scale", "core_plan", "make_plan"]
     opt = make(model, rule=rule)
     next(model.parameters()).data.mul_(2)
     made.clear()
     opt.step()
-    assert sorted(made) == ["balanced_scale", "make_plan"]
+    assert sorted(made) == ["balanced_scale", "core_plan", "make_plan"]

@@ -135,9 +135,17 @@ def test_a_step_stays_on_its_device(monkeypatch: pytest.MonkeyPatch, device: str
             written.append(out)
         return value
 
+    def get(x: Tensor, at: Any) -> Tensor:
+        first, *others = at if isinstance(at, tuple) else (at,)
+        if isinstance(first, slice):
+            stop = len(x) if first.stop is None else first.stop
+            return x.narrow(0, first.start, stop - first.start)
+        return x.select(0, first) if isinstance(first, int) else torch.ops.aten.index.Tensor(x, [first, *others])
+
     # these want to see the device before they ask whether the tensors are of this kind
     monkeypatch.setattr(torch, "where", where_out)
-    monkeypatch.setattr(Tensor, "__getitem__", lambda x, ids: torch.ops.aten.index.Tensor(x, [ids]))
+    monkeypatch.setattr(Tensor, "__getitem__", get)
+    monkeypatch.setattr(Tensor, "__setitem__", lambda x, at, y: torch.ops.aten.index_put_(x, [*at], y))
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
         tensors = {name: torch.empty(p.shape, device=device) for name, p in opt._tensors().items()}
         engine = ArrayEngine(opt.network, opt._coordinates, tensors)
@@ -148,7 +156,7 @@ def test_a_step_stays_on_its_device(monkeypatch: pytest.MonkeyPatch, device: str
         methods = [gsgd.methods.SGD(0.05, 0.9, True, 0.1)]
         which, stats = [0] * len(tensors), gsgd.optimizer.Stats()
         engine.step(gradients, (momenta, [None] * len(tensors)), methods, which, (10.0, 1.0), 1, stats)
-    assert [id(t) for t in written] == [id(t) for t in (*engine.aliases, *momenta)]
+    assert sorted(id(t) for t in written) == sorted(id(t) for t in (*engine.aliases, *momenta))
     assert stats.clamped.device.type == device
 
 
