@@ -11,12 +11,22 @@ from torch import Tensor
 from gsgd.coordinates import Coordinates
 from gsgd.network import Network
 from gsgd.torch.engines.array import ArrayEngine
-from gsgd.torch.engines.base import Engine, EngineName, Tensors
+from gsgd.torch.engines.base import Engine, EngineName, Tensors, as_real
 from gsgd.torch.engines.core import CoreEngine
 from gsgd.torch.engines.sharded import ShardedEngine
 from gsgd.torch.shards import is_sharded
 
-__all__ = ["ArrayEngine", "CoreEngine", "Engine", "EngineName", "EngineOption", "Tensors", "check_engine", "choose"]
+__all__ = [
+    "ArrayEngine",
+    "CoreEngine",
+    "Engine",
+    "EngineName",
+    "EngineOption",
+    "Tensors",
+    "as_real",
+    "check_engine",
+    "choose",
+]
 
 EngineOption = Literal["auto", "core", "array", "triton"]
 
@@ -60,6 +70,6 @@ def choose(
 def _outside_of_core(tensors: Mapping[str, Tensor]) -> str | None:
     """Why the C core can't take the tensors."""
     for name, p in tensors.items():
-        if p.device != torch.device("cpu") or p.dtype not in (torch.float32, torch.float64):
+        if p.device != torch.device("cpu") or as_real(p).dtype not in (torch.float32, torch.float64):
             return f"{name!r} is of {p.dtype} on {p.device}"
     return None
