@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any, Unpack, overload
 
 import torch
@@ -124,8 +125,8 @@ class _PathOptimizer(torch.optim.Optimizer):
 
     @property
     def stats(self) -> Stats:
-        """Counts of steps and of clamped ratios; reading it waits for the device."""
-        return Stats(self._stats.steps, int(self._stats.clamped))
+        """Counts of steps, of clamped ratios and of steps left out; reading it waits for the device."""
+        return Stats(self._stats.steps, int(self._stats.clamped), int(self._stats.skipped))
 
     @property
     def engine(self) -> EngineName:
@@ -258,7 +259,7 @@ class _PathOptimizer(torch.optim.Optimizer):
         """As of every optimizer, and under "gsgd" the skeleton and the reference scale."""
         state = super().state_dict()
         coordinates = {name: torch.from_numpy(x) for name, x in self._coordinates.save().items()}
-        state["gsgd"] = {**coordinates, "steps": self._stats.steps, "clamped": int(self._stats.clamped)}
+        state["gsgd"] = {**coordinates, **asdict(self.stats)}
         return state
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -303,7 +304,7 @@ class _PathOptimizer(torch.optim.Optimizer):
         self._coordinates, self._engine = coordinates, None
         self._plan, self._seen = None, ()
         if given is not None:
-            self._stats = Stats(given["steps"], given["clamped"])
+            self._stats = Stats(given["steps"], given["clamped"], given.get("skipped", 0))  # version 0.1 has none
 
     def __getstate__(self) -> dict[str, Any]:
         kept = ("network", "_coordinates", "_options", "_engine_option")

@@ -13,7 +13,10 @@ from gsgd.torch.trace import trace
 Params: TypeAlias = nn.Module | Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]]
 Closure: TypeAlias = Callable[[], Any]
 
-EXPECTED = "params: expected the model itself, or named parameters (model.named_parameters()) and network="
+EXPECTED = (
+    "params: expected the model itself, or named parameters (model.named_parameters()) and network=. "
+    "In place of SGD(model.parameters(), ...) write GSGD(model, ...)"
+)
 
 
 def refuse_unsupported(name: str, p: Tensor) -> None:
