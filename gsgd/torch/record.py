@@ -101,7 +101,11 @@ def _copy(model: nn.Module, real: bool) -> nn.Module:
     def convert(t: Tensor) -> Tensor:
         return t.detach().to("meta" if t.is_meta or (not real and storage_of(t) in weights) else "cpu", copy=True)
 
-    return copy_model(model, convert).train()
+    ghost = copy_model(model, convert).train()
+    for module in ghost.modules():  # nothing goes backward here
+        module._backward_hooks.clear()
+        module._backward_pre_hooks.clear()
+    return ghost
 
 
 def _first(ghost: nn.Module, run: Callable[[Arguments], _Run], given: Arguments | None) -> tuple[Arguments, _Run]:
