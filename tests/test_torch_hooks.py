@@ -25,7 +25,7 @@ def mlp() -> nn.Sequential:
 
 
 def keep_globally(module: nn.Module, given: Any, out: Tensor) -> None:
-    global total  # noqa: PLW0603
+    global total
     total += 1
     SEEN.append(out)
     COUNTS["calls"] += 1
@@ -97,7 +97,7 @@ def test_what_a_hook_keeps_stays_as_it_was(name: str, everywhere: bool) -> None:
 
 def test_a_monitor_that_looks_at_values() -> None:
     model = mlp()
-    model[1].register_forward_hook(lambda module, given, out: print(end="" if out.mean().item() else ""))
+    model[1].register_forward_hook(lambda module, given, out: print(end=" "[: out.mean().item() > 1e9]))
     with pytest.warns(UserWarning, match=r"asks for real values, at .*test_torch_hooks\.py:\d+: they were those of"):
         assert GSGD(model, lr=0.1).network.num_units == 12
 
