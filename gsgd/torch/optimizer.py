@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any, overload
 
 import torch
@@ -124,8 +125,8 @@ class _PathOptimizer(torch.optim.Optimizer):
 
     @property
     def stats(self) -> Stats:
-        """Counts of steps and of clamped ratios; reading it waits for the device."""
-        return Stats(self._stats.steps, int(self._stats.clamped))
+        """Counts of steps, of clamped ratios and of steps left out; reading it waits for the device."""
+        return Stats(self._stats.steps, int(self._stats.clamped), int(self._stats.skipped))
 
     @property
     def engine(self) -> EngineName:
@@ -133,7 +134,9 @@ class _PathOptimizer(torch.optim.Optimizer):
         return self._current_engine().name
 
     def __repr__(self) -> str:
-        return super().__repr__().replace("(", f"(\nengine: {self.engine}", 1)
+        engine = self._current_engine()
+        why = f" ({engine.why})" if engine.why else ""
+        return super().__repr__().replace("(", f"(\nengine: {engine.name}{why}", 1)
 
     # parameters by name
 
@@ -215,7 +218,7 @@ class _PathOptimizer(torch.optim.Optimizer):
         threads = usable_threads(self._threads or torch.get_num_threads())
         limits = (limit(self._max_ratio), limit(self._clip_norm))
         engine.step(gradients, moments, methods, which, limits, threads, self._stats)
-        self._count(engine.params, gradients)
+        self._count(engine, gradients)
         return loss
 
     def _warn_of_frozen(self, engine: Engine) -> None:
@@ -237,7 +240,7 @@ class _PathOptimizer(torch.optim.Optimizer):
         """Hyperparameters, and which of them are those of each parameter."""
         return [self._method(g) for g in self.param_groups], self._group_of
 
-    def _count(self, params: list[Tensor], gradients: Tensors) -> None:
+    def _count(self, engine: Engine, gradients: Tensors) -> None:
         """Note that a step was taken."""
 
     def _moments(self, params: list[Tensor], name: str, has: list[bool], which: list[int]) -> Tensors:
@@ -258,7 +261,7 @@ class _PathOptimizer(torch.optim.Optimizer):
         """As of every optimizer, and under "gsgd" the skeleton and the reference scale."""
         state = super().state_dict()
         coordinates = {name: torch.from_numpy(x) for name, x in self._coordinates.save().items()}
-        state["gsgd"] = {**coordinates, "steps": self._stats.steps, "clamped": int(self._stats.clamped)}
+        state["gsgd"] = {**coordinates, **asdict(self.stats)}
         return state
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -303,7 +306,7 @@ class _PathOptimizer(torch.optim.Optimizer):
         self._coordinates, self._engine = coordinates, None
         self._plan, self._seen = None, ()
         if given is not None:
-            self._stats = Stats(given["steps"], given["clamped"])
+            self._stats = Stats(given["steps"], given["clamped"], given.get("skipped", 0))  # version 0.1 has none
 
     def __getstate__(self) -> dict[str, Any]:
         kept = ("network", "_coordinates", "_scale", "_rule", "_max_ratio", "_clip_norm", "_threads", "_engine_option")
@@ -463,6 +466,12 @@ class GAdam(_PathOptimizer):
 
     def _methods(self, engine: Engine, gradients: Tensors) -> tuple[list[Method], list[int]]:
         """The bias corrections are of the number of steps that a parameter itself has taken."""
+        if engine.steps_taken is not None:
+            for p, taken in zip(engine.params, engine.steps_taken, strict=True):
+                if (known := self.state[p].get("step")) is not taken:
+                    taken.fill_(0 if known is None else known)
+                    self.state[p]["step"] = taken
+            return super()._methods(engine, gradients)
         place: dict[tuple[int, int], int] = {}
         which = []
         for p, g, group in zip(engine.params, gradients, self._group_of, strict=True):
@@ -471,8 +480,10 @@ class GAdam(_PathOptimizer):
         own = [self._method(g) for g in self.param_groups]
         return [own[group].at(step) for group, step in place], which
 
-    def _count(self, params: list[Tensor], gradients: Tensors) -> None:
-        for p, g in zip(params, gradients, strict=True):
+    def _count(self, engine: Engine, gradients: Tensors) -> None:
+        if engine.steps_taken is not None:
+            return
+        for p, g in zip(engine.params, gradients, strict=True):
             self.state[p]["step"] = int(self.state[p].get("step", 0)) + (g is not None)
 
 
