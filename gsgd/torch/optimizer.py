@@ -191,6 +191,7 @@ class _PathOptimizer(torch.optim.Optimizer):
     def step(self, closure: None = None) -> None: ...
     @overload
     def step(self, closure: Closure) -> Any: ...
+    @torch._disable_dynamo
     @torch.no_grad()
     def step(self, closure: Closure | None = None) -> Any:
         """Update the parameters; `closure`, if given, is called first and its loss returned."""

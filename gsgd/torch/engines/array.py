@@ -85,4 +85,4 @@ class ArrayEngine(Engine):
                     torch.where(finite, value, moment, out=moment)
         stats.steps += 1
         stats.clamped = stats.clamped + torch.where(finite, solution.clamped, 0)  # type: ignore[assignment]
-        stats.skipped = stats.skipped + ~finite  # type: ignore[assignment]
+        stats.skipped = stats.skipped + ~finite

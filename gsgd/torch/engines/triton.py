@@ -251,6 +251,10 @@ def _is_dense(p: Tensor) -> bool:
     return True
 
 
+def _storage(x: Tensor) -> int:
+    return x.untyped_storage().data_ptr()
+
+
 def _ratio_up(a: int, b: int) -> int:
     return -(-a // b)
 
@@ -329,8 +333,10 @@ class TritonEngine(Engine):
         self.steps_taken = list(self.counts[:count].unbind())
         self.arrays = Upload(7 * count, torch.int64, device)
         self.rates: Upload | None = None
-        self.layouts = [(p.stride(), p.shape, p.dtype) for p in self.aliases]
-        self.storages = {p.untyped_storage().data_ptr() for p in self.aliases}
+        self.addresses, self.sizes = [p.data_ptr() for p in self.aliases], [p.element_size() for p in self.aliases]
+        self.storages = set(map(_storage, self.aliases))
+        self.seen: list[int] = []
+        self.shared: list[int] = []  # gradients that lie in the memory of weights
         self.stats: Stats | None = None
 
     def step(
@@ -345,13 +351,13 @@ class TritonEngine(Engine):
     ) -> None:
         with torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext():
             self._follow(stats)
-            found = [None if g is None else self._gradient(i, g) for i, g in enumerate(gradients)]
-            held = [[None if x is None else self._as_laid_out(i, x) for i, x in enumerate(kind)] for kind in moments]
-            pointers = [[0 if x is None else x.data_ptr() for x in kind] for kind in (self.aliases, found, *held)]
-            sizes = [p.element_size() for p in self.aliases]
-            arrays = self.arrays.write([n for row in (*pointers, which, self.tables.kinds, sizes) for n in row])
-            self._launch_all(arrays, self._write_rates(methods, limits), methods, any(pointers[2]), limits[1])
-            for kind, copies in zip(moments, held, strict=True):
+            found = self._laid_out(self._apart(gradients))
+            m, v = (self._laid_out(kind) for kind in moments)
+            pointers = [[0 if x is None else x.data_ptr() for x in kind] for kind in (found, m, v)]
+            rows = (self.addresses, *pointers, which, self.tables.kinds, self.sizes)
+            arrays = self.arrays.write([n for row in rows for n in row])
+            self._launch_all(arrays, self._write_rates(methods, limits), methods, any(pointers[1]), limits[1])
+            for kind, copies in zip(moments, (m, v), strict=True):
                 for x, copy in zip(kind, copies, strict=True):
                     if x is not None and copy is not None and copy is not x:
                         x.copy_(copy)
@@ -367,28 +373,34 @@ class TritonEngine(Engine):
             stats.clamped, stats.skipped = self.counted.unbind()  # type: ignore[assignment]
             self.stats = stats
 
-    def _gradient(self, i: int, g: Tensor) -> Tensor:
-        """A gradient that lies in memory as its parameter does, and not where weights are written."""
-        if (g.stride(), g.shape, g.dtype) != self.layouts[i] or g.is_neg():
-            self.checked([g if k == i else None for k in range(len(self.params))])
-            return self._as_laid_out(i, g)
-        return g.clone() if g.untyped_storage().data_ptr() in self.storages else g
+    def _apart(self, gradients: Tensors) -> Tensors:
+        """Gradients that do not lie where weights are written."""
+        addresses = [0 if g is None else g.data_ptr() for g in self.checked(gradients)]
+        if addresses != self.seen:
+            self.seen = addresses
+            self.shared = [i for i, g in enumerate(gradients) if g is not None and _storage(g) in self.storages]
+        if not self.shared:
+            return gradients
+        return [g.clone() if g is not None and i in self.shared else g for i, g in enumerate(gradients)]
 
-    def _as_laid_out(self, i: int, x: Tensor) -> Tensor:
-        """`x`, or a copy that lies in memory as parameter i does."""
-        return x if x.stride() == self.layouts[i][0] else torch.empty_like(self.aliases[i]).copy_(x)
+    def _laid_out(self, tensors: Tensors) -> Tensors:
+        """Tensors that lie in memory as their parameters do: themselves, or copies."""
+        return [
+            x if x is None or (x.stride() == p.stride() and not x.is_neg()) else torch.empty_like(p).copy_(x)
+            for x, p in zip(tensors, self.aliases, strict=True)
+        ]
 
     def _write_rates(self, methods: list[Method], limits: tuple[Any, Any]) -> Tensor:
-        """The table of rates. What is a tensor already is copied on the device."""
+        """The table of rates. What is on the device already is copied there."""
         values = list(limits)
         for row in (m.row for m in methods):
             values += [getattr(row, name) for name in kernels.RATES]
         if self.rates is None or len(self.rates.table) != len(values):
             self.rates = Upload(len(values), torch.float64, self.device)
-        table = self.rates.write([0.0 if isinstance(x, Tensor) else float(x) for x in values])
-        for i, x in enumerate(values):
-            if isinstance(x, Tensor):
-                table[i].copy_(x)
+        there = {i: x for i, x in enumerate(values) if isinstance(x, Tensor) and x.device == self.device}
+        table = self.rates.write([0.0 if i in there else float(x) for i, x in enumerate(values)])
+        for i, x in there.items():
+            table[i].copy_(x)
         return table
 
     def _launch_all(self, arrays: Tensor, rates: Tensor, methods: list[Method], has_m: bool, clip_norm: Any) -> None:
