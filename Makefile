@@ -4,6 +4,8 @@
 # make lint     ruff, mypy, clang-format, and the compiler with warnings as errors
 # make bench    the step against PyTorch's optimizers; make bench-training: whole training steps;
 #               make bench-scaling: construction and step against the number of weights
+# make docs     the documentation as a site, in build/site; a broken link or any other warning is an error
+# make wheel    dist/: a manylinux wheel and the source distribution, each tried in an environment of its own
 # make valgrind, make sanitize    the C core under valgrind; the Python suite with a sanitized extension
 #
 # Everything is installed in .venv, made with $(PYTHON).
@@ -12,14 +14,14 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-SOURCES := pyproject.toml setup.py MANIFEST.in constraints.txt $(wildcard csrc/*) \
+SOURCES := pyproject.toml setup.py MANIFEST.in constraints.txt $(wildcard csrc/*.* csrc/python/*) \
            $(shell find gsgd -name '*.py' -o -name '*.pyi' -o -name py.typed)
-CORE := tests/core.c $(filter-out csrc/_core.c,$(wildcard csrc/*.c))
+CORE := tests/core.c $(wildcard csrc/*.c)
 CORE_FLAGS := -std=c11 -g -O1 -ffp-contract=off -fno-math-errno -Wall -Wextra -Werror -Icsrc
 SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=all
 OPENMP := $(shell echo 'int main(void) { return 0; }' | $(CC) -fopenmp -x c -o /dev/null - 2>/dev/null && echo -fopenmp)
 
-.PHONY: demo test lint bench bench-training bench-scaling valgrind sanitize clean
+.PHONY: demo test lint bench bench-training bench-scaling docs wheel valgrind sanitize clean
 
 demo: .venv/demo
 	$(BIN)/python -P -m gsgd.demo
@@ -35,7 +37,7 @@ lint: .venv/dev
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy gsgd
-	$(BIN)/clang-format --dry-run -Werror $(wildcard csrc/*.c csrc/*.h csrc/*.inc) tests/core.c
+	$(BIN)/clang-format --dry-run -Werror $(wildcard csrc/*.[ch] csrc/*.inc csrc/python/*.[ch]) tests/core.c
 	GSGD_WERROR=1 $(BIN)/python setup.py -q build_ext --force --build-lib build/lint --build-temp build/lint
 
 bench: .venv/dev
@@ -46,6 +48,23 @@ bench-training: .venv/dev
 
 bench-scaling: .venv/dev
 	$(BIN)/python benchmarks/scaling.py
+
+docs: .venv/docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+
+# The wheel is built from the source distribution. libgomp comes with it; what else it may load is checked by auditwheel,
+# and that it keeps to the stable ABI by abi3audit.
+wheel: .venv/wheel
+	rm -rf dist build/dist
+	$(BIN)/python -m build --outdir build/dist
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/auditwheel repair --wheel-dir dist build/dist/*.whl
+	$(BIN)/abi3audit --strict --verbose dist/*.whl
+	cp build/dist/*.tar.gz dist
+	for file in dist/*; do \
+	    rm -rf build/bare && $(PYTHON) -m venv build/bare && \
+	    build/bare/bin/python -m pip --disable-pip-version-check install --quiet $$file && \
+	    build/bare/bin/python -I tests/smoke.py || exit 1; \
+	done
 
 valgrind: build/core
 	@command -v valgrind >/dev/null || { echo "valgrind is missing: apt install valgrind" >&2; exit 1; }
@@ -74,7 +93,7 @@ build/core-sanitize-serial: $(CORE) $(wildcard csrc/*)
 
 # Stamps: the package and what it needs are installed anew only when a source is newer. The extension is also built
 # in place: a script in the checkout imports the checkout's gsgd/.
-.venv/demo .venv/dev: .venv/%: $(SOURCES) | $(BIN)/python
+.venv/demo .venv/dev .venv/docs .venv/wheel: .venv/%: $(SOURCES) | $(BIN)/python
 	$(PIP) ".[$*]" setuptools
 	$(BIN)/python setup.py -q build_ext --inplace
 	@touch $@

@@ -79,7 +79,7 @@ class Block:
     def _memory_order(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """The dims from the parameter's first axis to its last, then unused ones; the extents of the axes."""
         used = sorted((i for i in range(6) if self.dims[i].step), key=lambda i: (self.dims[i].axis, -self.dims[i].step))
-        shape = [1] * (1 + max((self.dims[i].axis for i in used), default=-1))
+        shape = [1] * (1 + max([self.start[0], *(self.dims[i].axis for i in used)]))
         for i in used:
             shape[self.dims[i].axis] *= self.dims[i].extent
         return (*used, *(i for i in range(6) if i not in used)), tuple(shape)

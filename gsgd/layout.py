@@ -17,7 +17,6 @@ from itertools import pairwise
 from typing import Any
 
 import numpy as np
-from array_api_compat import device
 from numpy.typing import NDArray
 
 from gsgd.blocks import PINNED, Block
@@ -51,6 +50,22 @@ class Span:
 
 
 @dataclass(frozen=True, eq=False)
+class Places:
+    """Tree edges of an array, at most one on each line, or at each position.
+
+    Attributes
+    ----------
+    edge : int array, of the shape of the array's `rows` or `cols`
+        Which of the array's tree edges lies there; -1: none.
+    at : tuple of int arrays of that shape, or None, one per axis of the array's `shape`
+        Where it lies on this axis; None where the lines themselves have the axis.
+    """
+
+    edge: Array
+    at: tuple[Array | None, ...]
+
+
+@dataclass(frozen=True, eq=False)
 class ArrayLayout:
     """What is known of one array of weights.
 
@@ -68,6 +83,8 @@ class ArrayLayout:
         Where these tree edges lie.
     groups : int
         The first of the two axes of `shape` that are one of the array; -1: none are.
+    chain, free : Places or None
+        The same tree edges: in-edges of chains, by row; free edges, by column. None where the array has none.
     """
 
     shape: Shape
@@ -76,6 +93,14 @@ class ArrayLayout:
     edges: Span
     index: tuple[Array, ...]
     groups: int
+    chain: Places | None
+    free: Places | None
+
+    @property
+    def whole(self) -> Shape:
+        """The array's own shape."""
+        g = self.groups
+        return self.shape if g < 0 else (*self.shape[:g], self.shape[g] * self.shape[g + 1], *self.shape[g + 2 :])
 
     @property
     def over_rows(self) -> Shape:
@@ -148,13 +173,13 @@ def layout(
     unit_of = np.append(np.where(active, np.arange(units), units), units)  # also of PINNED, the last
     end = np.stack([np.append(_ends(blocks, trees, tree, unit_of), units) for tree in (IN, OUT)])
     jumps = _jumps(end)
-    is_free = np.zeros(units + 1, dtype=bool)
+    in_is_free = np.zeros(units + 1, dtype=bool)
     inner = np.flatnonzero(end[IN] < units)
-    is_free[inner] = (out_edges[end[IN, inner]] == in_edges[inner]).all(axis=1)
+    in_is_free[inner] = (out_edges[end[IN, inner]] == in_edges[inner]).all(axis=1)
     root = np.arange(units + 1)
-    while is_free[root].any():
-        root = np.where(is_free[root], end[IN, root], root)
-    chain = np.append(active, False) & ~is_free
+    while in_is_free[root].any():
+        root = np.where(in_is_free[root], end[IN, root], root)
+    chain = np.append(active, False) & ~in_is_free
 
     # the tree edges, each once, in the order of arrays
     owner = np.concatenate((np.flatnonzero(chain), units + 1 + np.flatnonzero(active)))
@@ -164,13 +189,14 @@ def layout(
     owner, edges = owner[order], edges[order]
     edge = np.full((2, units + 1), len(edges))
     edge.reshape(-1)[owner] = np.arange(len(edges))
-    edge[IN, is_free] = edge[OUT, end[IN, is_free]]
+    edge[IN, in_is_free] = edge[OUT, end[IN, in_is_free]]
     array = np.full(units + 1, -1)
     array[:-1][active] = number[in_edges[active, 0]]
 
     of_array: list[list[Block]] = [[] for _ in shapes]
     for i, block in blocks:
-        of_array[i].append(block)
+        if block.size and shapes[i]:  # a number lies between pinned ends
+            of_array[i].append(block)
     arrays = []
     rows: list[NDArray[np.int64]] = []
     cols: list[NDArray[np.int64]] = []
@@ -189,8 +215,22 @@ def layout(
             spans.append(Span(sum(map(len, found)), table.shape) if (table < units).any() else None)
             if spans[-1]:
                 found.append(table.reshape(-1))
+        is_free = owner[bounds[i] : bounds[i + 1]] > units
+        chain_places, free_places = (
+            _places(split, span, axis_of_groups, index, kind)
+            for span, kind in ((spans[0], ~is_free), (spans[1], is_free))
+        )
         arrays.append(
-            ArrayLayout(split, spans[0], spans[1], Span(bounds[i], (len(here),)), tuple(index), axis_of_groups)
+            ArrayLayout(
+                shape=split,
+                rows=spans[0],
+                cols=spans[1],
+                edges=Span(bounds[i], (len(here),)),
+                index=tuple(index),
+                groups=axis_of_groups,
+                chain=chain_places,
+                free=free_places,
+            )
         )
     all_rows, all_cols = (np.concatenate([np.zeros(0, np.int64), *found]) for found in (rows, cols))
     of_parts = np.append(root[all_cols], np.where(owner > units, root[owner - units - 1], units))
@@ -298,7 +338,7 @@ def lines(t: Layout, number: int, strides: Sequence[int]) -> list[Lines] | None:
     return found
 
 
-def convert(t: Any, asarray: Callable[[NDArray[Any]], Array]) -> Any:
+def convert(t: Layout, asarray: Callable[[NDArray[Any]], Array]) -> Layout:
     """The same tables as arrays of another namespace or device."""
 
     def of(x: Any) -> Any:
@@ -306,11 +346,12 @@ def convert(t: Any, asarray: Callable[[NDArray[Any]], Array]) -> Any:
             return asarray(x)
         if isinstance(x, tuple):
             return tuple(map(of, x))
-        if isinstance(x, (ArrayLayout, Layout, BlockTables, TreeTables, Tables)):
+        if isinstance(x, (Places, ArrayLayout, Layout)):
             return type(x)(**{f.name: of(getattr(x, f.name)) for f in fields(x)})
         return x
 
-    return of(t)
+    converted: Layout = of(t)
+    return converted
 
 
 def _ends(
@@ -384,6 +425,24 @@ def _ids(shape: Shape, axis_of_groups: int, blocks: Sequence[Block], side: int) 
     return table
 
 
+def _places(
+    shape: Shape, lines: Span | None, axis_of_groups: int, index: Sequence[Ids], which: NDArray[np.bool_]
+) -> Places | None:
+    """Those of the tree edges at `index` that are wanted, by line."""
+    if lines is None or not which.any():
+        return None
+    at = list(index)
+    if axis_of_groups >= 0:
+        at[axis_of_groups : axis_of_groups + 1] = np.divmod(at[axis_of_groups], shape[axis_of_groups + 1])
+    here = tuple(x[which] if n > 1 else 0 * x[which] for x, n in zip(at, lines.shape, strict=True))
+    edge = np.full(lines.shape, -1, dtype=np.int32)
+    edge[here] = np.flatnonzero(which)
+    on_axis = (np.append(x[which], 0) for x in at)
+    number = np.full(lines.shape, -1)
+    number[here] = np.arange(np.count_nonzero(which))
+    return Places(edge, tuple(None if n > 1 else x[number] for x, n in zip(on_axis, lines.shape, strict=True)))
+
+
 def _sums(owner: NDArray[np.int64], units: int, width: int = 16) -> tuple[Ids, ...]:
     """Tables that add up numbers by owner, at most `width` at once; those of owner `units` are left out."""
     items = np.argsort(owner, kind="stable")[: np.count_nonzero(owner < units)]
@@ -401,179 +460,3 @@ def _sums(owner: NDArray[np.int64], units: int, width: int = 16) -> tuple[Ids, .
         table[(np.cumsum(lines) - lines)[own] + rank // width, rank % width] = items
         tables.append(table)
         own, items, zero = np.repeat(np.arange(units), lines), np.arange(lines.sum()), len(table) - 1
-
-
-@dataclass(frozen=True)
-class BlockTables:
-    """A block, and masks over its entries of the tree edges that lie in it."""
-
-    block: Block
-    array: int
-    rows: Array
-    cols: Array
-    chain: Array
-    free: Array
-
-
-@dataclass(frozen=True)
-class TreeTables:
-    """Where tree edges lie, and how to multiply along them: after each jump a unit has gathered twice as many.
-
-    `entries` are grouped by block; `order` brings them in the order of units, and units without an edge to the end.
-    """
-
-    blocks: tuple[int, ...]
-    entries: tuple[Array, ...]
-    order: Array
-    jumps: tuple[Array, ...]
-
-
-@dataclass(frozen=True)
-class Tables:
-    """Everything about a network and its skeleton that does not change: integers and masks."""
-
-    blocks: tuple[BlockTables, ...]
-    in_tree: TreeTables
-    out_tree: TreeTables
-    in_array: Array  # in which array the in-edge of a unit lies
-    root: Array
-    chain: Array
-    columns_of_root: Array
-
-
-def tables(units: int, blocks: Sequence[tuple[int, Block]], in_edges: Edges, out_edges: Edges) -> Tables:
-    """Tables of a skeleton: `blocks` with the number of their array, edges as (block, entry) per unit."""
-    active = in_edges[:, 0] >= 0
-    can_move = np.append(active, False)  # the last for what is pinned
-
-    def ids(units_of: NDArray[np.int64]) -> NDArray[np.int64]:
-        return np.where(can_move[units_of], units_of, units)
-
-    def ends(edges: Edges, source: bool) -> NDArray[np.int64]:
-        """The other ends of in-edges (their sources) or of out-edges."""
-        found = np.full(units + 1, units, dtype=np.int64)
-        for u in np.flatnonzero(active):
-            block = blocks[edges[u, 0]][1]
-            g, r, c, *_ = np.unravel_index(edges[u, 1], block.extents)
-            row, col = block.rows[g * block.dims[1].extent + r], block.cols[g * block.dims[2].extent + c]
-            if u != (row if source else col):
-                raise ValueError(f"the skeleton edges of unit {u} make no tree")
-            found[u] = col if source else row
-        return ids(found)
-
-    def tree(edges: Edges, ends: NDArray[np.int64]) -> TreeTables:
-        found, entries, order = [], [], np.full(units + 1, int(active.sum()), dtype=np.int64)
-        seen = 0
-        for k in range(len(blocks)):
-            here = np.flatnonzero(active & (edges[:, 0] == k))
-            if len(here):
-                found.append(k)
-                entries.append(edges[here, 1])
-                order[here] = np.arange(seen, seen + len(here))
-                seen += len(here)
-        jumps: list[NDArray[np.int64]] = []
-        while (ends != units).any():
-            if 2 ** len(jumps) > units:
-                raise ValueError("the skeleton edges make no tree: following them never ends")
-            jumps.append(ends)
-            ends = ends[ends]
-        return TreeTables(tuple(found), tuple(entries), order, tuple(jumps))
-
-    in_unit, out_unit = ends(in_edges, True), ends(out_edges, False)
-    in_is_free = np.zeros(units + 1, dtype=bool)
-    for v in np.flatnonzero(active):
-        in_is_free[v] = in_unit[v] < units and tuple(out_edges[in_unit[v]]) == tuple(in_edges[v])
-    in_tree, out_tree = tree(in_edges, in_unit), tree(out_edges, out_unit)
-    root = np.arange(units + 1)
-    while in_is_free[root].any():
-        root = np.where(in_is_free[root], in_unit[root], root)
-
-    per_block = []
-    columns: list[list[int]] = [[] for _ in range(units + 1)]
-    count = 0
-    for k, (array, block) in enumerate(blocks):
-        masks = []
-        for edges, wanted in ((in_edges, active & ~in_is_free[:-1]), (out_edges, active)):
-            mask = np.zeros(block.size, dtype=bool)
-            mask[edges[wanted & (edges[:, 0] == k), 1]] = True
-            masks.append(mask.reshape(block.extents))
-        g, r, c = block.extents[:3]
-        rows = ids(block.rows).reshape(g, r, 1, 1, 1, 1)
-        cols = ids(block.cols).reshape(g, 1, c, 1, 1, 1)
-        for u in cols.reshape(-1).tolist():
-            columns[root[u]].append(count)
-            count += 1
-        per_block.append(BlockTables(block, array, rows, cols, masks[0], masks[1]))
-    longest = max((len(found) for found in columns[:units]), default=0)
-    padded = np.full((units + 1, longest), count, dtype=np.int64)
-    for u in range(units):
-        padded[u, : len(columns[u])] = columns[u]
-
-    in_array = np.full(units + 1, -1)
-    in_array[:-1][active] = [blocks[k][0] for k in in_edges[active, 0]]
-    return Tables(
-        tuple(per_block),
-        in_tree,
-        out_tree,
-        in_array,
-        root,
-        can_move & ~in_is_free,
-        padded,
-    )
-
-
-# reading blocks and trees
-
-
-def real_type(xp: Any, where: Any) -> Any:
-    """In what the trees are computed: float64, or float32 where there is no more (Apple's MPS; JAX by default)."""
-    return xp.__array_namespace_info__().dtypes(device=where, kind="real floating").get("float64", xp.float32)
-
-
-def view(xp: Any, b: BlockTables, arrays: Sequence[Array | None]) -> Array:
-    """The block's entries, (groups, rows, cols, t0, t1, t2); None where there is no array."""
-    return None if arrays[b.array] is None else b.block.view(arrays[b.array], xp)
-
-
-def assemble(xp: Any, t: Tables, parts: Sequence[Array], like: Sequence[Array]) -> list[Array]:
-    """Arrays shaped as `like` from the entries of their blocks; None where `like` is None."""
-    pieces: dict[int, list[tuple[int, int, Array]]] = {}
-    for b, part in zip(t.blocks, parts, strict=True):
-        axis, first = b.block.start
-        if like[b.array] is None:
-            continue
-        pieces.setdefault(b.array, []).append((first, axis, b.block.unview(part, xp)))
-    arrays: list[Array] = []
-    for i, old in enumerate(like):
-        if old is None:
-            arrays.append(None)
-            continue
-        found = sorted(pieces[i], key=lambda p: p[0])
-        joined = xp.concat([p[2] for p in found], axis=found[0][1]) if len(found) > 1 else found[0][2]
-        arrays.append(xp.reshape(joined, old.shape))
-    return arrays
-
-
-def at_tree(xp: Any, t: Tables, tree: TreeTables, arrays: Sequence[Array | None], end: float) -> Array:
-    """The entries of `arrays` at the edges of a tree, one per unit.
-
-    `end` where there is no edge, 0 where there is no array.
-    """
-    where = device(tree.order)
-    real = real_type(xp, where)
-    found = []
-    for k, entries in zip(tree.blocks, tree.entries, strict=True):
-        if arrays[t.blocks[k].array] is None:
-            found.append(xp.zeros(entries.shape, dtype=real, device=where))
-        else:
-            values = xp.reshape(view(xp, t.blocks[k], arrays), (-1,))[entries]
-            found.append(xp.astype(values, real))
-    found.append(xp.full((1,), end, dtype=real, device=where))
-    return xp.concat(found)[tree.order]
-
-
-def along(tree: TreeTables, x: Array, combine: Callable[[Array, Array], Array]) -> Array:
-    """Combine a number per unit from every unit to the end of its tree."""
-    for jump in tree.jumps:
-        x = combine(x, x[jump])
-    return x

@@ -91,14 +91,14 @@ class Method:
         """The same with all values read and checked, which may mean waiting for a device."""
 
         def read(x: Any) -> Any:
-            return tuple(map(read, x)) if isinstance(x, tuple) else float(x) if _is_unknown(x) else x
+            return tuple(map(read, x)) if isinstance(x, tuple) else float(x) if is_unknown(x) else x
 
         return replace(self, **{name: read(x) for name, x in self.hyperparameters.items()})
 
     def _check(self, check: Callable[[str, Any], Any], *names: str) -> None:
         for name in names:
             x = getattr(self, name)
-            if not _is_unknown(x):
+            if not is_unknown(x):
                 object.__setattr__(self, name, check(name, x))
 
 
@@ -252,22 +252,22 @@ def _fraction(name: str, x: Any) -> float:
 def _fractions(name: str, xs: Any) -> tuple[Number, ...]:
     if not isinstance(xs, Sequence) or len(xs) != 2:
         raise TypeError(f"{name}: expected two numbers, got {xs!r}")
-    return tuple(x if _is_unknown(x) else _fraction(f"{name}[{i}]", x) for i, x in enumerate(xs))
+    return tuple(x if is_unknown(x) else _fraction(f"{name}[{i}]", x) for i, x in enumerate(xs))
 
 
-def _is_unknown(x: Any) -> bool:
+def is_unknown(x: Any) -> bool:
     """Whether to read a number would mean waiting for a device, or is impossible, as while JAX traces."""
     return not isinstance(x, (Real, np.ndarray)) and getattr(x, "shape", None) == ()
 
 
 def _may_differ_from_0(x: Number) -> bool:
-    return _is_unknown(x) or bool(x != 0)
+    return is_unknown(x) or bool(x != 0)
 
 
 def _correction(beta: Number, step: Number) -> Number:
     """1 / (1 - beta ** step)."""
-    if not _is_unknown(beta) and not _is_unknown(step):
+    if not is_unknown(beta) and not is_unknown(step):
         return 1 / (1 - beta**step)
     xp = array_namespace(beta, step)
-    log = xp.log(beta) if _is_unknown(beta) else math.log(beta) if beta else -math.inf
+    log = xp.log(beta) if is_unknown(beta) else math.log(beta) if beta else -math.inf
     return -1 / xp.expm1(step * log)  # the difference would cancel in float32

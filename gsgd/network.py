@@ -281,38 +281,46 @@ class Network:
             self._source_layer(bias, "bias", rows)
         return self.features(rows)
 
-    def _source_layer(self, name: str, kind: str, rows: Ids, shape: tuple[int, ...] | None = None) -> None:
-        """A vector of edges from a pinned source: a bias, or a batch normalization's weight.
-
-        `shape` may add axes of extent 1, on which the vector is broadcast.
-        """
-        shape = shape or (len(rows),)
-        axis = max(range(len(shape)), key=lambda a: shape[a])
+    def _source_layer(self, name: str, kind: str, rows: Ids) -> None:
+        """A vector of edges from a pinned source: a bias, or a normalization's weight."""
         source = self.nodes.new(1, f"source of {name}")
         self.nodes.pin(source, "constant")
-        dims = (Dim(), Dim(len(rows), axis, 1), Dim(), Dim(), Dim(), Dim(axis=len(shape) - 1))
-        self._add_layer(name, kind, shape, Part(dims, (axis, 0), rows, source))
+        dims = (Dim(), Dim(len(rows), 0, 1), Dim(), Dim(), Dim(), Dim())
+        self._add_layer(name, kind, (len(rows),), Part(dims, (0, 0), rows, source))
 
-    def vector(self, name: str, shape: tuple[int, ...]) -> Features:
-        """A parameter as edges from a constant into units of its own: what is added to channels, or scales a constant.
+    def edges(self, name: str, kind: str, shape: tuple[int, ...], *parts: Part) -> None:
+        """A parameter as edges between nodes, for tracers.
 
         Parameters
         ----------
         name : str
+        kind : str
+            What it is called in tables: "dense", "bias", "scale".
         shape : tuple of int
-            Of the parameter; all axes but one have extent 1.
+        *parts : Part
+            They cover the parameter, one after the other along one axis.
 
         Raises
         ------
         ValueError
-            `name` is described already, or two axes are longer.
+            `name` is described already.
         """
         self._check_names(name)
-        if not shape or len(shape) > 6 or math.prod(shape) != max(shape):
-            raise ValueError(f"{name}: shape {shape}: expected a vector, perhaps with axes of extent 1")
-        rows = self.nodes.new(max(shape), name)
-        self._source_layer(name, "bias", rows, shape)
-        return self.features(rows)
+        self._add_layer(name, kind, shape, *parts)
+
+    def bias(self, name: str, x: Features) -> Features:
+        """A vector of shape ``(x.count,)`` that is added to channels: edges from a constant into their units.
+
+        Raises
+        ------
+        ValueError
+            `name` is described already, or `x` is flattened.
+        TypeError
+            `x` is nothing that a layer returns, or `name` no string.
+        """
+        self._check_names(name)
+        self._source_layer(name, "bias", self._channels(x, name))
+        return x
 
     def homogeneous(self, x: Features) -> Features:
         """Any map f of single channels with f(c x) = c f(x) for c > 0: it passes units through.

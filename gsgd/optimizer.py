@@ -2,83 +2,20 @@
 
 from __future__ import annotations
 
-import math
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Unpack
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gsgd.arrays import as_array, check_gradients, check_names, check_parameters
-from gsgd.coordinates import Coordinates, ScaleName, check_scale, set_to_one
-from gsgd.methods import SGD, Adam, Method, RMSprop, number
+from gsgd.coordinates import Coordinates, set_to_one
+from gsgd.methods import SGD, Adam, Method, RMSprop
 from gsgd.network import Network
-from gsgd.skeleton import Backend, Rule, Skeleton, batch_norm_gradients, check_rule, explain
-
-_forked = False
-
-
-def _after_fork() -> None:
-    global _forked
-    _forked = True
-
-
-# the OpenMP runtime's threads do not survive a fork, and a parallel region in the child would wait for them forever
-os.register_at_fork(after_in_child=_after_fork)
-
-
-def default_threads() -> int:
-    """OMP_NUM_THREADS, or the number of processors that this process may use."""
-    first = os.environ.get("OMP_NUM_THREADS", "").split(",")[0]
-    if first.isdigit() and int(first) > 0:
-        return int(first)
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def usable_threads(threads: int) -> int:
-    """One in a child process, otherwise `threads`."""
-    return 1 if _forked else threads
-
-
-MaxRatio = float | None | Literal["auto"]
-
-DEFAULT_MAX_RATIO = 4.0  # measured: experiments/README.md
-
-
-def check_max_ratio(max_ratio: MaxRatio, scale: ScaleName) -> float | None:
-    """The limit on path ratios: a number > 1, None for none, or "auto": none for scale "ones", else the default."""
-    if max_ratio is None or (isinstance(max_ratio, str) and max_ratio == "auto" and scale == "ones"):
-        return None
-    value = DEFAULT_MAX_RATIO if max_ratio == "auto" else number("max_ratio", max_ratio)
-    if not (math.isfinite(value) and value > 1):
-        raise ValueError(f"max_ratio: expected a finite number > 1, None for no limit, or 'auto', got {max_ratio!r}")
-    return value
-
-
-def check_clip_norm(clip_norm: float | None) -> float | None:
-    """`clip_norm` as a float, finite and positive, or None."""
-    if clip_norm is None:
-        return None
-    value = number("clip_norm", clip_norm)
-    if not (math.isfinite(value) and value > 0):
-        raise ValueError(f"clip_norm: expected a finite number > 0, or None, got {clip_norm!r}")
-    return value
-
-
-def limit(x: float | None) -> float:
-    """A limit as the plans take it: infinity for None."""
-    return math.inf if x is None else x
-
-
-def check_threads(threads: int) -> int:
-    """`threads`, if it is a number of threads."""
-    if not isinstance(threads, int):
-        raise TypeError(f"threads: expected an integer, got {threads!r}")
-    if not 1 <= threads <= 4096:
-        raise ValueError(f"threads: expected 1 to 4096, got {threads!r}")
-    return threads
+from gsgd.options import OptionArguments, Options, limit
+from gsgd.skeleton import Backend, Skeleton, batch_norm_gradients, explain
+from gsgd.threads import default_threads, usable_threads
 
 
 @dataclass
@@ -101,19 +38,16 @@ class _PathOptimizer:
         params: Mapping[str, Any],
         net: Network,
         method: Method,
-        scale: ScaleName,
-        rule: Rule,
-        threads: int | None,
-        max_ratio: MaxRatio,
-        clip_norm: float | None,
-        backend: Backend,
+        *,
+        backend: Backend = "c",
+        **options: Unpack[OptionArguments],
     ) -> None:
         if not isinstance(net, Network):
             raise TypeError(f"net: expected a gsgd.Network, got {type(net).__name__}")
         self._method = method.known()
-        self.scale, self.max_ratio = check_scale(scale), check_max_ratio(max_ratio, scale)
-        self.clip_norm = check_clip_norm(clip_norm)
-        self.threads = default_threads() if threads is None else check_threads(threads)
+        chosen = Options(**options)
+        self.threads = chosen.threads or default_threads()
+        self._set_options(chosen)
         self.stats = Stats()
         self._net = net
         self._approximates = any(b.batch_norm for b in net.blocks)
@@ -122,12 +56,15 @@ class _PathOptimizer:
         self._weights = list(self._arrays.values())
         if not self._weights:
             raise ValueError("params: expected at least one parameter")
-        self.skeleton = Skeleton(net, self._arrays, rule, backend=backend, balanced=scale == "balanced")
+        self.skeleton = Skeleton(net, self._arrays, chosen.rule, backend=backend, balanced=self.scale == "balanced")
         self.skeleton.warn_of_pinned()
-        if scale == "ones":
+        if self.scale == "ones":
             set_to_one(self.skeleton, self._arrays)
-        self._set_coordinates(Coordinates.of(self.skeleton, self._arrays, scale))
+        self._set_coordinates(Coordinates.of(self.skeleton, self._arrays, self.scale))
         self._m, self._v = self._moments(self._method, {})
+
+    def _set_options(self, options: Options) -> None:
+        self.scale, self.max_ratio, self.clip_norm = options.scale, options.max_ratio, options.clip_norm
 
     def _set_coordinates(self, found: Coordinates) -> None:
         self._coordinates = found
@@ -250,14 +187,13 @@ class _PathOptimizer:
         method = type(self._method)(**hyperparameters).known()
         moments = self._moments(method, state)
         coordinates = Coordinates.load(state, self._net.num_units)
-        scale = check_scale(state["scale"])
-        max_ratio, clip_norm = check_max_ratio(state["max_ratio"], scale), check_clip_norm(state["clip_norm"])
-        rule, stats = check_rule(state["rule"]), Stats(int(state["steps"]), int(state["clamped"]))
+        options = Options(**{name: state[name] for name in ("scale", "rule", "max_ratio", "clip_norm")})
+        stats = Stats(int(state["steps"]), int(state["clamped"]))
         self.skeleton.replace_edges(coordinates.edges, self._arrays)
-        self.skeleton.rule = rule
+        self.skeleton.rule = options.rule
         self._set_coordinates(coordinates)
-        self._method = method
-        self.scale, self.max_ratio, self.clip_norm, self.stats = scale, max_ratio, clip_norm, stats
+        self._set_options(options)
+        self._method, self.stats = method, stats
         self._m, self._v = moments
 
 
@@ -312,16 +248,12 @@ class GSGD(_PathOptimizer):
         momentum: float = SGD.momentum,
         nesterov: bool = SGD.nesterov,
         weight_decay: float = SGD.weight_decay,
-        scale: ScaleName = "balanced",
-        rule: Rule = "modulo",
-        threads: int | None = None,
         *,
-        max_ratio: MaxRatio = "auto",
-        clip_norm: float | None = None,
         backend: Backend = "c",
+        **options: Unpack[OptionArguments],
     ) -> None:
         method = SGD(lr, momentum, nesterov, weight_decay)
-        super().__init__(params, net, method, scale, rule, threads, max_ratio, clip_norm, backend)
+        super().__init__(params, net, method, backend=backend, **options)
 
     @property
     def momentum(self) -> float:
@@ -361,16 +293,12 @@ class GAdam(_PathOptimizer):
         eps: float = Adam.eps,
         weight_decay: float = Adam.weight_decay,
         decoupled: bool = Adam.decoupled,
-        scale: ScaleName = "balanced",
-        rule: Rule = "modulo",
-        threads: int | None = None,
         *,
-        max_ratio: MaxRatio = "auto",
-        clip_norm: float | None = None,
         backend: Backend = "c",
+        **options: Unpack[OptionArguments],
     ) -> None:
         method = Adam(lr, betas, eps, weight_decay, decoupled)
-        super().__init__(params, net, method, scale, rule, threads, max_ratio, clip_norm, backend)
+        super().__init__(params, net, method, backend=backend, **options)
 
 
 class GRMSprop(_PathOptimizer):
@@ -399,13 +327,9 @@ class GRMSprop(_PathOptimizer):
         eps: float = RMSprop.eps,
         weight_decay: float = RMSprop.weight_decay,
         momentum: float = RMSprop.momentum,
-        scale: ScaleName = "balanced",
-        rule: Rule = "modulo",
-        threads: int | None = None,
         *,
-        max_ratio: MaxRatio = "auto",
-        clip_norm: float | None = None,
         backend: Backend = "c",
+        **options: Unpack[OptionArguments],
     ) -> None:
         method = RMSprop(lr, alpha, eps, weight_decay, momentum)
-        super().__init__(params, net, method, scale, rule, threads, max_ratio, clip_norm, backend)
+        super().__init__(params, net, method, backend=backend, **options)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from gsgd.arrays import check_gradients, check_parameters
+from gsgd.equalize import equalized_scale
 from gsgd.methods import non_negative
 from gsgd.network import Block, Network, Sum
 from gsgd.scale import Floats, over_taps
@@ -62,13 +63,33 @@ def rescale(params: Mapping[str, Any], net: Network, scales: Any) -> None:
         block.view(arrays[block.name])[...] = new
 
 
-def balance(params: Mapping[str, Any], net: Network) -> None:
-    """Rescale in place to the representative of least sum of squares: for every unit, equal norms in and out.
+def balance(params: Mapping[str, Any], net: Network, norm: Literal[2, "max"] = 2) -> None:
+    """Rescale in place so that every unit's weights in and out have equal norms: the function stays the same.
+
+    Parameters
+    ----------
+    params : mapping of str to array
+        Weights, changed in place.
+    net : Network
+    norm : {2, "max"}
+        2: the representative of least sum of squares, which is unique (METHOD.md, section 4). "max": the largest
+        magnitudes in and out are equal, to one part in 10^5: cross-layer equalization, before weights are quantized
+        (Nagel et al., 2019).
+
+    Raises
+    ------
+    ValueError
+        `norm` is another, the network is an approximation, or a weight would overflow or underflow.
 
     Units that no path of non-zero weights passes are left as they are.
     """
+    if norm not in (2, "max"):
+        raise ValueError(f"norm: expected 2 or 'max', got {norm!r}")
     require_symmetry(net)
-    rescale(params, net, Skeleton(net, params).balanced_scale(params))
+    scale = Skeleton(net, params, balanced=True).c
+    if norm == "max":
+        scale = equalized_scale(net, check_parameters(params, net), scale)
+    rescale(params, net, scale)
 
 
 def _path_sums(net: Network, powers: Mapping[str, Floats]) -> tuple[dict[int, tuple[Floats, Floats]], float]:

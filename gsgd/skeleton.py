@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import warnings
 from collections.abc import Mapping, Sequence
@@ -14,9 +13,9 @@ import numpy as np
 from array_api_compat import array_namespace, device
 from numpy.typing import NDArray
 
-from gsgd import layout, reference
+from gsgd import entries, reference
 from gsgd.arrays import Arrays, as_array, check_gradients, check_parameters
-from gsgd.network import PINNED, Block, Network, Sum, plain_block
+from gsgd.network import Block, Network, Sum, plain_block
 from gsgd.scale import balanced_scale, core_plan
 
 Rule = Literal["modulo", "largest"]
@@ -37,7 +36,9 @@ def make_plan(net: Network, arrays: Arrays, backend: Backend) -> tuple[Any, list
     blocks = [*net.blocks, *(plain_block(n, a.shape) for n, a in arrays.items() if n not in mentioned)]
     number = {name: i for i, name in enumerate(arrays)}
     if backend == "reference":
-        return reference.Plan(net.num_units, len(arrays), [(number[b.name], b) for b in blocks]), blocks
+        return reference.Plan(
+            net.num_units, [a.shape for a in arrays.values()], [(number[b.name], b) for b in blocks]
+        ), blocks
     if backend != "c":
         raise ValueError(f"backend: expected 'c' or 'reference', got {backend!r}")
     return core_plan(blocks, arrays, net.num_units), blocks
@@ -83,7 +84,7 @@ def batch_norm_gradients(
         here = np.flatnonzero(in_edges[:, 0] == k)
         group, row, _, *taps = np.unravel_index(in_edges[here, 1], b.extents)
         if chain_norm is None:
-            real = layout.real_type(xp, device(norm))
+            real = entries.real_type(xp, device(norm))
             chain_norm = xp.ones(net.num_units, dtype=real, device=device(norm))
         unit, *at = (xp.asarray(x, device=device(norm)) for x in (here, group, row, 0 * row, *taps))
         chain_norm[unit] = xp.astype(norm[tuple(at)], chain_norm.dtype)
@@ -172,7 +173,7 @@ class Skeleton:
         if rule == "modulo" or balanced:
             self._take(self.plan.choose_trees(list(arrays.values()), False, None))
         if balanced:
-            self.c = self.balanced_scale(arrays)
+            self.c = balanced_scale(self.plan, arrays) if backend == "c" else self.balanced_scale(arrays)
         if rule == "largest":
             self._take(self.plan.choose_trees(list(arrays.values()), True, self.c if balanced else None))
 
@@ -248,14 +249,9 @@ class Skeleton:
     def balanced_scale(self, params: Mapping[str, Any]) -> NDArray[np.float64]:
         """c per unit, (H,): to the representative of least sum of squares; 1 for units that are pinned."""
         arrays = check_parameters(params, self.net, writable=False)
-        active = np.append(self.edge_arrays[0][:, 0] >= 0, False)
-        blocks = [
-            dataclasses.replace(
-                b, rows=np.where(active[b.rows], b.rows, PINNED), cols=np.where(active[b.cols], b.cols, PINNED)
-            )
-            for b in self.net.blocks
-        ]
-        return balanced_scale(blocks, arrays, self.net.num_units)
+        plan = core_plan(self.net.blocks, arrays, self.net.num_units)
+        plan.set_trees(*self.edge_arrays)
+        return balanced_scale(plan, arrays)
 
     # the methods
 

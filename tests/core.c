@@ -477,14 +477,14 @@ int main(void) {
                        .lr = 1e-5,
                        .momentum = 0.9,
                        .weight_decay = 1e-3,
-                       .second = 0.99,
+                       .beta2 = 0.99,
                        .eps = 1e-8,
                        .correct_m = 1,
                        .correct_v = 1,
                        .decoupled = 1};
     rmsprop.method = GSGD_RMSPROP;
     rmsprop.lr = rmsprop.eps = 1e-5;
-    rmsprop.second = 0.9;
+    rmsprop.beta2 = 0.9;
     momentum.momentum = nesterov.momentum = 0.9;
     nesterov.nesterov = 1;
     nesterov.weight_decay = decay.weight_decay = 1e-3;

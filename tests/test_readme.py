@@ -1,12 +1,48 @@
-"""README's Python blocks run, in order, as one program."""
+"""The code in README and in the documentation runs: a page's blocks of a language, in order, are one program."""
 
 import re
+import shutil
+import subprocess
 from pathlib import Path
 
-README = Path(__file__).parents[1] / "README.md"
+import pytest
+
+ROOT = Path(__file__).parents[1]
+HOWTO = ROOT / "docs" / "howto" / "index.md"
 
 
-def test_python_blocks_run() -> None:
-    blocks = re.findall(r"^```python\n(.*?)^```", README.read_text(), flags=re.M | re.S)
-    assert blocks
-    exec(compile("\n".join(blocks), str(README), "exec"), {})
+def program(page: Path, language: str = "python") -> str:
+    """The blocks of a language; after those of the how-to pages' index on these."""
+    blocks = re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), flags=re.M | re.S)
+    before = [program(HOWTO)] if page.parent == HOWTO.parent and page != HOWTO else []
+    return "\n".join(before + blocks)
+
+
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("page", [p for p in PAGES if program(p)], ids=lambda p: str(p.relative_to(ROOT)))
+def test_python_of_a_page_runs(page: Path) -> None:
+    if "import skorch" in program(page):
+        pytest.importorskip("skorch")
+    exec(compile(program(page), str(page), "exec"), {"__name__": "page"})
+
+
+@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "METHOD.md"])
+def test_links_lead_somewhere(name: str) -> None:
+    """The site's own links are checked when it is built."""
+    targets = re.findall(r"\]\((?!https?:)([^)#]+)", (ROOT / name).read_text())
+    assert [t for t in targets if not (ROOT / t).exists()] == []
+
+
+def test_c_of_its_page_compiles_and_trains(tmp_path: Path) -> None:
+    compiler = shutil.which("cc")
+    if compiler is None:
+        pytest.skip("no C compiler")
+    source = tmp_path / "page.c"
+    source.write_text(program(ROOT / "docs" / "start" / "c.md", "c"))
+    core = (ROOT / "csrc").glob("*.c")
+    flags = ["-std=c11", "-Wall", "-Wextra", "-Werror", f"-I{ROOT / 'csrc'}"]
+    subprocess.run([compiler, *flags, source, *core, "-lm", "-o", tmp_path / "page"], check=True)
+    subprocess.run([tmp_path / "page"], check=True)

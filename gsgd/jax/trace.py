@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,20 +23,28 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var
 from numpy.typing import NDArray
 
 from gsgd.network import Network, Residual
+from gsgd.trace import rules
 from gsgd.trace.names import match
 from gsgd.trace.nodes import Algebra, Nodes, NotUnderstood, along, compact, expanded
+from gsgd.trace.rules import Operand
+from gsgd.trace.weights import Weight, weight_view
 
 # what is computed is computed by a jaxpr among the parameters
 CALLING = {"checkpoint", "closed_call", "custom_jvp_call", "custom_vjp_call", "jit", "remat2"}
 
 
 @dataclass(frozen=True)
-class _Weight:
-    """A parameter that no layer has read yet; `axes` are the parameter's along those of the value, -1 for new ones."""
+class _Parameter:
+    """A view of a parameter that no layer has read yet: a byte per entry, of which only the strides are looked at."""
 
     name: str
-    shape: tuple[int, ...]
-    axes: tuple[int, ...]
+    whole: NDArray[Any]
+    view: NDArray[Any]
+
+    @property
+    def weight(self) -> Weight | None:
+        """As a layer reads it; None if some of its entries are missing."""
+        return weight_view(self.name, self.whole.shape, self.whole.strides, self.view.shape, self.view.strides)
 
 
 @dataclass(frozen=True)
@@ -137,8 +145,7 @@ class _Describe:
     def __init__(self, residual: Residual) -> None:
         self.on = Algebra(residual)
         self.net = self.on.net
-        self.values: list[Nodes | _Weight] = []
-        self.zeros: set[int] = set()  # values of which every element is known to be 0
+        self.values: list[Nodes | _Parameter] = []
         self.known: dict[int, NDArray[Any]] = {}  # values of constant integers: places in a gather
         self.reasons: dict[str, str] = {}  # of parameters: what reads them first
 
@@ -146,7 +153,8 @@ class _Describe:
         """Describe a function of these parameters and of inputs."""
         shapes = [x.shape for x in closed.in_avals]
         given = int(self.net.input(1).per_feature[0])
-        arguments = [self.know(_Weight(n, s, tuple(range(len(s))))) for n, s in zip(params, shapes, strict=False)]
+        blank = [np.empty(s, np.int8) for s in shapes[: len(params)]]
+        arguments = [self.know(_Parameter(n, a, a)) for n, a in zip(params, blank, strict=True)]
         arguments += [self.know(np.broadcast_to(given, s)) for s in shapes[len(params) :]]
         steps: list[_Step] = []
         outputs = self.write_out(closed.jaxpr, closed.consts, arguments, steps)
@@ -160,15 +168,14 @@ class _Describe:
 
     # the jaxpr
 
-    def know(self, value: Nodes | _Weight) -> int:
+    def know(self, value: Nodes | _Parameter) -> int:
         self.values.append(value)
         return len(self.values) - 1
 
     def know_constant(self, value: Any) -> int:
         """A number, or an array that the function closes over: a running mean, say, that is 0 only at first."""
-        i = self.know(self.on.fill(np.shape(value)))
-        if not np.shape(value) and jnp.issubdtype(jnp.result_type(value), np.number) and not np.any(value):
-            self.zeros.add(i)
+        number = not np.shape(value) and jnp.issubdtype(jnp.result_type(value), np.number)
+        i = self.know(self.on.zero(()) if number and not np.any(value) else self.on.fill(np.shape(value)))
         if _counts(jnp.result_type(value)) and not isinstance(value, jax.core.Tracer):
             self.known[i] = np.asarray(value)
         return i
@@ -198,29 +205,26 @@ class _Describe:
     def nodes(self, i: int) -> Nodes:
         """The nodes of a value; those of a parameter that is read by no layer are constant."""
         value = self.values[i]
-        if isinstance(value, _Weight):
-            return self.on.fill([1 if axis < 0 else value.shape[axis] for axis in value.axes])
-        return value
+        return self.on.fill(value.view.shape) if isinstance(value, _Parameter) else value
 
-    def weight(self, i: int) -> _Weight | None:
+    def parameter(self, i: int) -> _Parameter | None:
         """The parameter that can be described here: nothing else may read it."""
         value = self.values[i]
-        return value if isinstance(value, _Weight) and self.reads[i] == 1 else None
+        return value if isinstance(value, _Parameter) and self.reads[i] == 1 else None
+
+    def weight(self, i: int) -> Weight | None:
+        p = self.parameter(i)
+        return None if p is None else p.weight
+
+    def operand(self, i: int) -> Operand:
+        return Operand(self.nodes(i), self.weight(i))
 
     def ends(self, i: int, reader: str) -> None:
         """If value `i` is a parameter, it is one no more: `reader` describes it, or is the reason that nothing does."""
         value, times = self.values[i], self.reads[i]
-        if isinstance(value, _Weight):
+        if isinstance(value, _Parameter):
             how = f"read {times} times, first by" if times > 1 else "read by"
             self.reasons.setdefault(value.name, f"{how} {reader}")
-
-    def vector(self, i: int) -> Nodes | None:
-        """The nodes of a parameter that is described as edges from a pinned source: a bias, say."""
-        w = self.weight(i)
-        if w is None or not w.shape or len(w.shape) > 6 or math.prod(w.shape) != max(w.shape):
-            return None
-        rows = self.net.vector(w.name, w.shape).per_feature
-        return rows.reshape([1 if axis < 0 else w.shape[axis] for axis in w.axes])
 
     # primitives
 
@@ -238,11 +242,11 @@ class _Describe:
             free = all(map(self.on.is_constant, reads))
             node = None if free else int(self.net.input(1, reason).per_feature[0])
             made = [self.on.fill(shape, node) for shape in shapes]
-        if not any(isinstance(value, _Weight) for value in made):
+        if not any(isinstance(value, _Parameter) for value in made):
             for i in step.reads:
                 self.ends(i, reason)
         for i, value, shape in zip(step.makes, made, shapes, strict=True):
-            if isinstance(value, _Weight):
+            if isinstance(value, _Parameter):
                 self.values[i] = value
             else:
                 assert value.shape == shape, (step.label, value.shape, shape)
@@ -265,19 +269,19 @@ class _Describe:
             return
         self.known[step.makes[0]] = np.asarray(found).astype(made.dtype)
 
-    def dense(self, shape: tuple[int, ...], x: int, y: int, *, dimension_numbers: Any, **_: Any) -> Nodes:
+    def contract(self, shape: tuple[int, ...], a: int, b: int, *, dimension_numbers: Any, **_: Any) -> Nodes:
         contracted, batch = dimension_numbers
-        if self.weight(x) is not None and self.weight(y) is not None:
-            raise NotUnderstood("of two parameters")
-        side = 0 if self.weight(x) is not None else 1
-        w, read = self.weight((x, y)[side]), (x, y)[1 - side]
-        if w is None or len(w.axes) != 2 or sorted(w.axes) != [0, 1] or len(contracted[0]) != 1 or batch[0]:
-            why = "not by a matrix of weights that is read once"
-            return self.on.matmul(shape, (self.nodes(x), self.nodes(y)), contracted, batch, why)
-        features = self.on.read_flattened(self.nodes(read), contracted[1 - side][0])
-        column = w.axes[contracted[side][0]]
-        y_features = self.net.dense(w.name, features, w.shape[1 - column], layout="io" if column == 0 else "oi")
-        return along(y_features.per_feature, 0 if side == 0 else len(shape) - 1, shape)
+        labels: list[list[tuple[Hashable, int]]] = [
+            [(side, d) for d in range(self.nodes(i).ndim)] for side, i in enumerate((a, b))
+        ]
+        for kind, dims in (("sum", contracted), ("batch", batch)):
+            for number, places in enumerate(zip(*dims, strict=True)):
+                for side, d in enumerate(places):
+                    labels[side][d] = (kind, number)
+        made: list[tuple[Hashable, int]] = [("batch", i) for i in range(len(batch[0]))]
+        made += [label for own in labels for label in own if isinstance(label[0], int)]
+        why = "not by a matrix of weights that is read once"
+        return rules.contract(self.on, self.operand(a), labels[0], self.operand(b), labels[1], made, shape, why)
 
     def gather(
         self,
@@ -324,12 +328,20 @@ class _Describe:
         **_: Any,
     ) -> Nodes:
         of_input, of_kernel, of_output = dimension_numbers
-        w = self.weight(kernel)
-        if w is None or sorted(w.axes) != list(range(len(w.shape))):
-            raise NotUnderstood("not by weights that are read once")
-        if batch_group_count != 1 or not 3 <= len(w.shape) <= 5:
+        w, why = self.weight(kernel), "not by weights that are read once"
+        if batch_group_count != 1:
             raise NotUnderstood("of this form")
-        units = {w.axes[of_kernel[0]]: "o", w.axes[of_kernel[1]]: "i"}
+        if w is None and self.on.is_pinned(self.nodes(kernel)):
+            features = shape[of_output[1]]
+            return rules.by_constants(
+                self.on, self.nodes(x), of_input[1], feature_group_count, of_output[1], features, shape, why
+            )
+        if w is None or w.axes is None:
+            raise NotUnderstood(why)
+        axes = w.axes
+        if not 3 <= len(w.shape) <= 5:
+            raise NotUnderstood("of this form")
+        units = {axes[of_kernel[0]]: "o", axes[of_kernel[1]]: "i"}
         spatial = [axis for axis in range(len(w.shape)) if axis not in units]
         letters = units | dict(zip(spatial, "dhw"[3 - len(spatial) :], strict=True))
         layout = "".join(letters[axis] for axis in range(len(w.shape)))
@@ -348,40 +360,36 @@ class _Describe:
         )
         return along(features.per_feature, of_output[1], shape)
 
-    def passed(self, step: _Step) -> list[Nodes | _Weight]:
-        for value, i, made in zip(step.made, step.reads, step.makes, strict=True):
+    def passed(self, step: _Step) -> list[Nodes | _Parameter]:
+        for value, i in zip(step.made, step.reads, strict=True):
             if not jnp.issubdtype(value.dtype, np.inexact) and not self.on.is_constant(self.nodes(i)):
                 raise NotUnderstood(f"to {value.dtype}")
-            if i in self.zeros:
-                self.zeros.add(made)
         keep = step.equation.primitive.name in ("convert_element_type", "copy")
-        return [(self.weight(i) if keep else None) or self.nodes(i) for i in step.reads]
+        return [(self.parameter(i) if keep else None) or self.nodes(i) for i in step.reads]
 
-    def rearranged(self, step: _Step) -> list[Nodes | _Weight]:
-        name, options = step.equation.primitive.name, step.equation.params
+    def rearranged(self, step: _Step) -> list[Nodes | _Parameter]:
+        name, options, shape = step.equation.primitive.name, step.equation.params, step.made[0].shape
         if len(step.reads) > 1 and name not in ("concatenate", "stack"):  # shapes that are computed
             raise NotUnderstood("of this form")
-        if all(i in self.zeros for i in step.reads):
-            self.zeros.update(step.makes)
-        shape = step.made[0].shape
-        w = self.weight(step.reads[0])
-        if w is not None and name in ("reshape", "transpose", "broadcast_in_dim", "squeeze"):
-            # the axes along which only one entry stands come and go; the others must stay what they are
-            axes = _moved(name, options, w, shape)
-            if axes is not None:
-                return [_Weight(w.name, w.shape, axes)]
+        p = self.parameter(step.reads[0])
+        if p is not None and len(step.reads) == 1:
+            view = REARRANGING[name]([p.view], options, shape)
+            if isinstance(view, np.ndarray) and np.may_share_memory(view, p.whole):
+                moved = _Parameter(p.name, p.whole, view)
+                if moved.weight is not None:
+                    return [moved]
         made = REARRANGING[name]([self.nodes(i) for i in step.reads], options, shape)
         return list(made) if isinstance(made, list) else [made]
 
     def pad(self, shape: tuple[int, ...], x: int, value: int, *, padding_config: Any) -> Nodes:
-        if value not in self.zeros:
+        if not self.on.is_zero(self.nodes(value)):
             raise NotUnderstood("not by zeros")
         nodes = self.nodes(x)
         for d, (before, after, between) in enumerate(padding_config):
             if between and nodes.strides[d]:
                 raise NotUnderstood("of this form")
             if before or after or between:
-                nodes = self.on.pad(nodes, d, before, shape[d] - nodes.shape[d] - before)
+                nodes = rules.pad(self.on, nodes, d, before, shape[d] - nodes.shape[d] - before)
         return nodes
 
     def pool(
@@ -399,7 +407,7 @@ class _Describe:
             (size, step, tuple(ends), base) == (1, 1, (0, 0), 1)
             for size, step, ends, base in zip(window_dimensions, window_strides, padding, base_dilation, strict=True)
         ]
-        return self.on.pool(self.nodes(x), (d for d, same in enumerate(trivial) if not same), shape)
+        return rules.pool(self.on, self.nodes(x), (d for d, same in enumerate(trivial) if not same), shape)
 
     def reduce(self, shape: tuple[int, ...], x: int, *, axes: Any, **_: Any) -> Nodes:
         return self.on.collapse(self.nodes(x), axes).reshape(shape)
@@ -410,35 +418,16 @@ class _Describe:
         return np.broadcast_to(self.on.one(nodes, [d for d, n in enumerate(slice_sizes) if n != nodes.shape[d]]), shape)
 
     def add(self, shape: tuple[int, ...], a: int, b: int) -> Nodes:
-        for x, y in ((a, b), (b, a)):
-            if y in self.zeros:
-                return np.broadcast_to(self.nodes(x), shape)
-        of_weights = [self.weight(i) is not None for i in (a, b)]
-        found = [self.vector(i) if sum(of_weights) == 1 else None for i in (a, b)]
-        p, q = (np.broadcast_to(self.nodes(i) if n is None else n, shape) for i, n in zip((a, b), found, strict=True))
-        if self.on.is_constant(p) or self.on.is_constant(q):
-            for nodes in (p, q):
-                self.on.pin(nodes, "added to a constant")
-            raise NotUnderstood("of a constant")
-        return self.on.add(p, q, "tie" if any(of_weights) else None)
+        return rules.add(self.on, self.operand(a), self.operand(b))
 
     def multiply(self, shape: tuple[int, ...], a: int, b: int) -> Nodes:
-        p, q = (np.broadcast_to(self.nodes(i), shape) for i in (a, b))
-        for i, other in ((a, q), (b, p)):
-            if self.weight(i) is not None and self.on.is_pinned(other):
-                rows = self.vector(i)
-                if rows is not None:
-                    return np.broadcast_to(rows, shape)
-        return self.on.multiply(p, q)
+        return rules.multiply(self.on, self.operand(a), self.operand(b))
 
     def divide(self, shape: tuple[int, ...], a: int, b: int) -> Nodes:
-        p, q = (np.broadcast_to(self.nodes(i), shape) for i in (a, b))
-        return self.on.multiply(p, q, divide=True)
+        return rules.divide(self.on, self.nodes(a), self.nodes(b))
 
     def choose(self, shape: tuple[int, ...], *values: int) -> Nodes:
-        """Each element is one of several, or 0."""
-        nodes = [np.broadcast_to(self.nodes(i), shape) for i in values if i not in self.zeros]
-        return self.on.choose(*nodes) if nodes else self.on.fill(shape)
+        return np.broadcast_to(rules.choose(self.on, *map(self.nodes, values)), shape)
 
     def select(self, shape: tuple[int, ...], which: int, *values: int) -> Nodes:
         if not self.on.is_pinned(self.nodes(which)):
@@ -450,10 +439,7 @@ class _Describe:
         return self.on.fill(shape)
 
     def compare(self, shape: tuple[int, ...], a: int, b: int) -> Nodes:
-        """With 0: no rescaling changes it."""
-        if a not in self.zeros and b not in self.zeros:
-            raise NotUnderstood
-        return self.on.fill(shape)
+        return np.broadcast_to(rules.compare(self.on, self.nodes(a), self.nodes(b)), shape)
 
 
 def _called(equation: JaxprEqn) -> ClosedJaxpr | None:
@@ -467,25 +453,6 @@ def _called(equation: JaxprEqn) -> ClosedJaxpr | None:
         if isinstance(found, Jaxpr) and not found.constvars:
             return ClosedJaxpr(found, ())
     return None
-
-
-def _moved(name: str, options: Any, w: _Weight, shape: tuple[int, ...]) -> tuple[int, ...] | None:
-    """Which axes of a parameter stand along those of its rearrangement; None if there is no such answer."""
-    if name == "transpose":
-        return tuple(w.axes[d] for d in options["permutation"])
-    extents = [1 if axis < 0 else w.shape[axis] for axis in w.axes]
-    long = [axis for axis, n in zip(w.axes, extents, strict=True) if n > 1]
-    if name == "broadcast_in_dim":
-        axes = [-1] * len(shape)
-        for d, axis, n in zip(options["broadcast_dimensions"], w.axes, extents, strict=True):
-            if n != shape[d]:
-                return None
-            axes[d] = axis
-        return tuple(axes) if math.prod(shape) == math.prod(extents) else None
-    if [n for n in shape if n > 1] != [w.shape[axis] for axis in long]:
-        return None
-    found = iter(long)
-    return tuple(next(found) if n > 1 else -1 for n in shape)
 
 
 def _broadcast(arrays: Sequence[Nodes], options: Any, shape: tuple[int, ...]) -> Nodes:
@@ -505,7 +472,7 @@ def _split(arrays: Sequence[Nodes], options: Any, _: tuple[int, ...]) -> list[No
 
 
 # each element of the result is an element of an argument
-REARRANGING: dict[str, Callable[[Sequence[Nodes], Any, tuple[int, ...]], Nodes | list[Nodes]]] = {
+REARRANGING: dict[str, Callable[[Sequence[NDArray[Any]], Any, tuple[int, ...]], NDArray[Any] | list[NDArray[Any]]]] = {
     "broadcast_in_dim": _broadcast,
     "concatenate": lambda arrays, options, _: np.concatenate(arrays, axis=options["dimension"]),
     "reshape": lambda arrays, _, shape: arrays[0].reshape(shape),
@@ -536,7 +503,7 @@ def _counts(dtype: Any) -> bool:
     return any(jnp.issubdtype(dtype, kind) for kind in (np.integer, np.bool_))
 
 
-Rule = Callable[[_Describe, _Step], list[Nodes | _Weight]]
+Rule = Callable[[_Describe, _Step], list[Nodes | _Parameter]]
 
 
 def _made(rule: Callable[..., Nodes]) -> Rule:
@@ -578,7 +545,7 @@ RULES: dict[str, Rule] = {
     "sign": _plain(_Describe.sign),
     # layers, and what takes elements together
     "conv_general_dilated": _made(_Describe.convolution),
-    "dot_general": _made(_Describe.dense),
+    "dot_general": _made(_Describe.contract),
     "dynamic_slice": _made(_Describe.slice),
     "gather": _made(_Describe.gather),
     "pad": _made(_Describe.pad),

@@ -1,12 +1,13 @@
-"""Tensors that a model holds, and which of its parameters share memory with others of them."""
+"""Tensors that a model holds: which of its parameters share memory with others of them, and copies that keep this."""
 
 from __future__ import annotations
 
+import copy
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from logging import Logger
-from types import FunctionType, MethodType, ModuleType
+from types import CellType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import torch
@@ -76,7 +77,73 @@ def _repeats(t: Tensor) -> bool:
     return any(n > 1 and step == 0 for n, step in zip(t.shape, t.stride(), strict=True))
 
 
-def converted(tensors: Iterable[Tensor], convert: Callable[[Tensor], Tensor]) -> dict[int, Tensor]:
+def copy_converted(root: Any, convert: Callable[[Tensor], Tensor]) -> Any:
+    """A deep copy with every tensor `convert`ed on the way (elementwise); what shares memory does so in the copy.
+
+    Hooks of modules, which may keep or count what they are given, are copied with all that they refer to.
+    """
+    modules = root.modules() if isinstance(root, nn.Module) else ()
+    hooks = [hook for module in modules for kept in _hooks_of(module) for hook in kept.values()]
+    tensors = held_tensors((root, [list(_globals_of(hook).values()) for hook in hooks]))
+    memo: dict[int, Any] = dict(_converted(tensors, convert))
+    for t in tensors:
+        if isinstance(t, nn.Parameter):
+            made = memo[id(t)]
+            memo[id(t)] = nn.Parameter(made, made.is_floating_point() or made.is_complex())
+    copied = copy.deepcopy(root, memo)
+    for module in copied.modules() if isinstance(root, nn.Module) else ():
+        module._backward_hooks.clear()  # they change no value that is compared
+        module._backward_pre_hooks.clear()
+        for kept in _hooks_of(module):
+            kept.update({key: _isolated(hook, memo) for key, hook in kept.items()})
+    return copied
+
+
+def _hooks_of(module: nn.Module) -> tuple[dict[int, Any], dict[int, Any]]:
+    return module._forward_pre_hooks, module._forward_hooks
+
+
+def _globals_of(hook: Any) -> dict[str, Any]:
+    """The data that a hook refers to by global names."""
+    if isinstance(hook, partial):
+        return _globals_of(hook.func)
+    if not isinstance(hook, FunctionType):
+        return {}
+    codes, names = [hook.__code__], set()
+    while codes:
+        code = codes.pop()
+        names |= set(code.co_names)
+        codes += [c for c in code.co_consts if isinstance(c, CodeType)]
+    found = {name: hook.__globals__[name] for name in names if name in hook.__globals__}
+    return {n: x for n, x in found.items() if not isinstance(x, type | ModuleType | Logger) and not callable(x)}
+
+
+def _isolated(hook: Any, memo: dict[int, Any]) -> Any:
+    """A copy of a hook that shares no data with it; what can't be copied is left as it is."""
+
+    def copied(x: Any) -> Any:
+        try:
+            return copy.deepcopy(x, memo)
+        except Exception:  # a writer to a file, say
+            return x
+
+    if isinstance(hook, partial):
+        return partial(_isolated(hook.func, memo), *map(copied, hook.args), **copied(hook.keywords))
+    if not isinstance(hook, FunctionType):  # a method, whose object is copied with the model, or another object
+        return hook
+    own = {**hook.__globals__, **{name: copied(x) for name, x in _globals_of(hook).items()}}
+    cells = []
+    for cell in hook.__closure__ or ():
+        try:
+            cells.append(CellType(copied(cell.cell_contents)))
+        except ValueError:  # not bound yet
+            cells.append(CellType())
+    made = FunctionType(hook.__code__, own, hook.__name__, copied(hook.__defaults__), tuple(cells))
+    made.__kwdefaults__ = copied(hook.__kwdefaults__)
+    return made
+
+
+def _converted(tensors: Iterable[Tensor], convert: Callable[[Tensor], Tensor]) -> dict[int, Tensor]:
     """Every tensor (by its id) after `convert`, which must be elementwise; those of one storage and dtype share one."""
     groups: dict[Any, list[Tensor]] = {}
     for t in tensors:

@@ -6,25 +6,19 @@ import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from typing import Any, overload
+from typing import Any, Unpack, overload
 
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from gsgd.coordinates import NAMES, Coordinates, ScaleName, check_scale, fingerprint, set_to_one
+from gsgd.coordinates import NAMES, Coordinates, fingerprint, set_to_one
 from gsgd.methods import SGD, Adam, Method, RMSprop
 from gsgd.network import BatchNormMode, Network, Residual
-from gsgd.optimizer import (
-    MaxRatio,
-    Stats,
-    check_clip_norm,
-    check_max_ratio,
-    check_threads,
-    limit,
-    usable_threads,
-)
-from gsgd.skeleton import Rule, Skeleton
+from gsgd.optimizer import Stats
+from gsgd.options import OptionArguments, Options, limit
+from gsgd.skeleton import Skeleton
+from gsgd.threads import usable_threads
 from gsgd.torch.engines import Engine, EngineName, EngineOption, Tensors, check_engine, choose
 from gsgd.torch.parameters import EXPECTED, Closure, Params, named_network, refuse_unsupported
 
@@ -48,6 +42,17 @@ def _unwrapped(name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in ("module", "_orig_mod"))
 
 
+class Arguments(OptionArguments, total=False):
+    """The keyword arguments that all optimizers take."""
+
+    network: Network | None
+    example_inputs: Any
+    leave_out: str | Sequence[str]
+    residual: Residual
+    batch_norm: BatchNormMode
+    engine: EngineOption
+
+
 class _PathOptimizer(torch.optim.Optimizer):
     """What the methods have in common. They differ in the hyperparameters of a group and in the names of moments."""
 
@@ -58,23 +63,19 @@ class _PathOptimizer(torch.optim.Optimizer):
         self,
         params: Params,
         defaults: dict[str, Any],
-        network: Network | None,
-        example_inputs: Any,
-        leave_out: str | Sequence[str],
-        residual: Residual,
-        batch_norm: BatchNormMode,
-        scale: ScaleName,
-        rule: Rule,
-        max_ratio: MaxRatio,
-        clip_norm: float | None,
-        threads: int | None,
-        engine: EngineOption,
+        *,
+        network: Network | None = None,
+        example_inputs: Any = None,
+        leave_out: str | Sequence[str] | None = None,
+        residual: Residual | None = None,
+        batch_norm: BatchNormMode | None = None,
+        engine: EngineOption = "auto",
+        **options: Unpack[OptionArguments],
     ) -> None:
-        check_scale(scale)
-        self._engine_option = check_engine(engine)
-        self._max_ratio, self._clip_norm = check_max_ratio(max_ratio, scale), check_clip_norm(clip_norm)
-        self._threads = None if threads is None else check_threads(threads)
-        named, network = named_network(params, network, example_inputs, leave_out, residual, batch_norm)
+        self._options, self._engine_option = Options(**options), check_engine(engine)
+        named, network = named_network(
+            params, network, example_inputs, leave_out=leave_out, residual=residual, batch_norm=batch_norm
+        )
         self._engine: Engine | None = None
         self._plan: Any = None
         self._seen: tuple[int, ...] = ()
@@ -93,11 +94,10 @@ class _PathOptimizer(torch.optim.Optimizer):
         self.network.add_plain(n for n in tensors if n not in network.shapes)
         if not self.network.num_units:
             warnings.warn("no unit was found that can be rescaled: every step is a plain one", stacklevel=3)
-        self._scale, self._rule = scale, rule
         skeleton = self._find_coordinates()  # refuses what makes no trees
         skeleton.warn_of_pinned()
         self._current_engine()  # refuses what no step can be taken on
-        if scale == "ones":
+        if self._options.scale == "ones":
             with torch.no_grad():
                 set_to_one(skeleton, tensors)
 
@@ -109,8 +109,8 @@ class _PathOptimizer(torch.optim.Optimizer):
     def _find_coordinates(self) -> Skeleton:
         """Take the coordinates of the weights as they are."""
         values = self._values()
-        skeleton = Skeleton(self.network, values, self._rule, balanced=self._scale == "balanced")
-        self._coordinates = Coordinates.of(skeleton, values, self._scale)
+        skeleton = Skeleton(self.network, values, self._options.rule, balanced=self._options.scale == "balanced")
+        self._coordinates = Coordinates.of(skeleton, values, self._options.scale)
         self._seen, self._plan, self._engine = fingerprint(values), skeleton.plan, None
         return skeleton
 
@@ -120,7 +120,7 @@ class _PathOptimizer(torch.optim.Optimizer):
         Since construction a checkpoint, or another process (DDP), may have replaced them.
         """
         # the scale "ones" has made weights of its own
-        if self._stats.steps == 0 and self._scale != "ones" and self._seen != fingerprint(self._values()):
+        if self._stats.steps == 0 and self._options.scale != "ones" and self._seen != fingerprint(self._values()):
             self._find_coordinates()
 
     @property
@@ -216,8 +216,8 @@ class _PathOptimizer(torch.optim.Optimizer):
             self._moments(engine.params, first, [o.has_m for o in methods], which),
             self._moments(engine.params, second, [o.has_v for o in methods], which),
         )
-        threads = usable_threads(self._threads or torch.get_num_threads())
-        limits = (limit(self._max_ratio), limit(self._clip_norm))
+        threads = usable_threads(self._options.threads or torch.get_num_threads())
+        limits = (limit(self._options.max_ratio), limit(self._options.clip_norm))
         engine.step(gradients, moments, methods, which, limits, threads, self._stats)
         self._count(engine, gradients)
         return loss
@@ -310,13 +310,11 @@ class _PathOptimizer(torch.optim.Optimizer):
             self._stats = Stats(given["steps"], given["clamped"], given.get("skipped", 0))  # version 0.1 has none
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = ("network", "_coordinates", "_scale", "_rule", "_max_ratio", "_clip_norm", "_threads", "_engine_option")
+        kept = ("network", "_coordinates", "_options", "_engine_option")
         return {**super().__getstate__(), **{name: getattr(self, name) for name in kept}, "_stats": self.stats}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        for name, value in (("_clip_norm", None), ("_engine_option", "auto")):  # version 0.1 had none
-            self.__dict__.setdefault(name, value)
         for group in self.param_groups:
             for name in (*self.method.names(), "maximize"):  # a state of another optimizer may lack some
                 group.setdefault(name, self.defaults[name])
@@ -374,18 +372,8 @@ class GSGD(_PathOptimizer):
         nesterov: bool = SGD.nesterov,
         weight_decay: float = SGD.weight_decay,
         *,
-        network: Network | None = None,
-        example_inputs: Any = None,
-        leave_out: str | Sequence[str] = (),
-        residual: Residual = "tie",
-        batch_norm: BatchNormMode = "exact",
-        scale: ScaleName = "balanced",
-        rule: Rule = "modulo",
-        max_ratio: MaxRatio = "auto",
-        clip_norm: float | None = None,
         maximize: bool = False,
-        threads: int | None = None,
-        engine: EngineOption = "auto",
+        **options: Unpack[Arguments],
     ) -> None:
         defaults = {
             "lr": lr,
@@ -394,8 +382,7 @@ class GSGD(_PathOptimizer):
             "weight_decay": weight_decay,
             "maximize": maximize,
         }
-        tracing = (network, example_inputs, leave_out, residual, batch_norm)
-        super().__init__(params, defaults, *tracing, scale, rule, max_ratio, clip_norm, threads, engine)
+        super().__init__(params, defaults, **options)
 
     @classmethod
     def paper(cls, model: nn.Module, lr: float | Tensor = SGD.lr, **options: Any) -> GSGD:
@@ -403,10 +390,11 @@ class GSGD(_PathOptimizer):
 
         As its released code: ``batch_norm="released"``, with stem, shortcuts and classifier in `leave_out`.
 
-        It overwrites the skeleton weights of `model` by 1 (section 11.2).
+        It overwrites the skeleton weights of `model` by 1 (section 11.2). The first two settings are for tracing: with
+        ``network=``, the description is what it was made with.
         """
-        paper = {"residual": "pin", "batch_norm": "paper", "rule": "modulo", "scale": "ones"}
-        return cls(model, lr, **(paper | options))
+        tracing = {} if options.get("network") is not None else {"residual": "pin", "batch_norm": "paper"}
+        return cls(model, lr, **({**tracing, "rule": "modulo", "scale": "ones"} | options))
 
 
 class GAdam(_PathOptimizer):
@@ -441,18 +429,8 @@ class GAdam(_PathOptimizer):
         weight_decay: float = Adam.weight_decay,
         decoupled: bool = Adam.decoupled,
         *,
-        network: Network | None = None,
-        example_inputs: Any = None,
-        leave_out: str | Sequence[str] = (),
-        residual: Residual = "tie",
-        batch_norm: BatchNormMode = "exact",
-        scale: ScaleName = "balanced",
-        rule: Rule = "modulo",
-        max_ratio: MaxRatio = "auto",
-        clip_norm: float | None = None,
         maximize: bool = False,
-        threads: int | None = None,
-        engine: EngineOption = "auto",
+        **options: Unpack[Arguments],
     ) -> None:
         defaults = {
             "lr": lr,
@@ -462,8 +440,7 @@ class GAdam(_PathOptimizer):
             "decoupled": decoupled,
             "maximize": maximize,
         }
-        tracing = (network, example_inputs, leave_out, residual, batch_norm)
-        super().__init__(params, defaults, *tracing, scale, rule, max_ratio, clip_norm, threads, engine)
+        super().__init__(params, defaults, **options)
 
     def _methods(self, engine: Engine, gradients: Tensors) -> tuple[list[Method], list[int]]:
         """The bias corrections are of the number of steps that a parameter itself has taken."""
@@ -512,18 +489,8 @@ class GRMSprop(_PathOptimizer):
         weight_decay: float = RMSprop.weight_decay,
         momentum: float = RMSprop.momentum,
         *,
-        network: Network | None = None,
-        example_inputs: Any = None,
-        leave_out: str | Sequence[str] = (),
-        residual: Residual = "tie",
-        batch_norm: BatchNormMode = "exact",
-        scale: ScaleName = "balanced",
-        rule: Rule = "modulo",
-        max_ratio: MaxRatio = "auto",
-        clip_norm: float | None = None,
         maximize: bool = False,
-        threads: int | None = None,
-        engine: EngineOption = "auto",
+        **options: Unpack[Arguments],
     ) -> None:
         defaults = {
             "lr": lr,
@@ -533,5 +500,4 @@ class GRMSprop(_PathOptimizer):
             "momentum": momentum,
             "maximize": maximize,
         }
-        tracing = (network, example_inputs, leave_out, residual, batch_norm)
-        super().__init__(params, defaults, *tracing, scale, rule, max_ratio, clip_norm, threads, engine)
+        super().__init__(params, defaults, **options)

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any, TypeAlias
 
 from torch import Tensor, nn
 
-from gsgd.network import BatchNormMode, Network, Residual
+from gsgd.network import Network
 from gsgd.torch.trace import trace
 
 Params: TypeAlias = nn.Module | Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]]
 Closure: TypeAlias = Callable[[], Any]
 
-EXPECTED = "params: expected the model itself, or named parameters (model.named_parameters()) and network="
-_LEAVE_OUT = "leave_out: is for tracing a model; with network=, give gsgd.torch.trace(model, leave_out=...)"
+EXPECTED = (
+    "params: expected the model itself, or named parameters (model.named_parameters()) and network=. "
+    "In place of SGD(model.parameters(), ...) write GSGD(model, ...)"
+)
 
 
 def refuse_unsupported(name: str, p: Tensor) -> None:
@@ -29,17 +31,16 @@ def refuse_unsupported(name: str, p: Tensor) -> None:
         raise TypeError(f"parameter {name!r}: expected a dense floating-point tensor, got {p.dtype} on {p.device}")
 
 
-def named_network(
-    params: Params,
-    network: Network | None,
-    example_inputs: Any,
-    leave_out: str | Sequence[str],
-    residual: Residual,
-    batch_norm: BatchNormMode,
-) -> tuple[Any, Network]:
-    """Named parameters, and the network that is given or that tracing finds."""
+def named_network(params: Params, network: Network | None, example_inputs: Any, **tracing: Any) -> tuple[Any, Network]:
+    """Named parameters, and the network that is given, or that tracing with these options (None: its own) finds."""
     if network is not None and not isinstance(network, Network):
         raise TypeError(f"network: expected a gsgd.Network, got {type(network).__name__}")
+    tracing = {name: value for name, value in tracing.items() if value not in (None, ())}
+    if network is not None or not isinstance(params, nn.Module):
+        for name in tracing:
+            raise ValueError(
+                f"{name}: is for tracing a model, which network= replaces: give network=trace(model, {name}=...)"
+            )
     if isinstance(params, nn.Module):
         model = params
         # integers are no parameters of a step, but some models keep them as frozen ones
@@ -49,15 +50,11 @@ def named_network(
         for name, p in parameters.items():
             refuse_unsupported(name, p)
         if network is None:
-            network = trace(model, example_inputs, residual=residual, batch_norm=batch_norm, leave_out=leave_out)
-        elif leave_out:
-            raise ValueError(_LEAVE_OUT)
+            network = trace(model, example_inputs, **tracing)
         for name in network.shapes:
             if name not in parameters:
                 raise ValueError(f"network: the model has no parameter {name!r}, its names are {[*parameters][:3]}...")
         params = list(parameters.items())
-    elif leave_out:
-        raise ValueError(_LEAVE_OUT)
     if network is None:
         raise ValueError(EXPECTED)
     return params, network

@@ -34,9 +34,9 @@ class PathSGD(torch.optim.Optimizer):
         *,
         network: Network | None = None,
         example_inputs: Any = None,
-        residual: Residual = "tie",
+        residual: Residual | None = None,
     ) -> None:
-        named, self.network = named_network(params, network, example_inputs, (), residual, "exact")
+        named, self.network = named_network(params, network, example_inputs, residual=residual)
         require_symmetry(self.network)
         super().__init__(named, {"lr": lr})
         for group in self.param_groups:
