@@ -42,17 +42,23 @@ class ShardedEngine(Engine):
         device = self.aliases[0].device
         real = real_type(array_namespace(*self.aliases), device)
 
+        made: dict[int, tuple[NDArray[Any], Tensor]] = {}
+
         def asarray(x: NDArray[Any]) -> Tensor:
-            t = torch.from_numpy(np.ascontiguousarray(x))
-            return (t.to(real) if t.is_floating_point() else t if t.dtype == torch.bool else t.long()).to(device)
+            if id(x) not in made:  # parts share what is per unit with the whole
+                t = torch.from_numpy(np.ascontiguousarray(x))
+                t = t.to(real) if t.is_floating_point() else t if t.dtype == torch.bool else t.long()
+                made[id(x)] = x, t.to(device)
+            return made[id(x)][1]
 
         number = {name: i for i, name in enumerate(tensors)}
         blocks = [(number[b.name], b) for b in net.blocks]
         whole = layout(net.num_units, [tuple(p.shape) for p in self.params], blocks, *coordinates.edges)
         self.whole = convert(whole, asarray)
-        self.here = convert(part(whole, self.shards.index), asarray)
-        counted = [own if counts else None for own, counts in zip(self.shards.index, self.shards.counts, strict=True)]
-        self.counted = convert(part(whole, counted), asarray)
+        self.here = self.counted = convert(part(whole, self.shards.index), asarray)
+        if not all(self.shards.counts):
+            pairs = zip(self.shards.index, self.shards.counts, strict=True)
+            self.counted = convert(part(whole, [own if counts else None for own, counts in pairs]), asarray)
         self.scale = stages.Scale.of(asarray, *coordinates.scale)
 
     def is_current(self) -> bool:
