@@ -77,7 +77,7 @@ def work(meet: str, rank: int, world: int) -> None:
     held = {t.data_ptr(): t.numel() * t.element_size() for t in tensors([engine.whole, engine.here, engine.counted])}
     shard = sum(p.to_local().numel() for p in model.parameters() if isinstance(p, DTensor))
     if rank == 0:
-        g, adamw = pairs[1]
+        g = pairs[1][0]
         ratios = sorted(a / b for a, b in pairs)
         print(
             f"| {world} | {network.num_units} | {sent / network.num_units:.0f} | "

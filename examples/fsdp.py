@@ -8,12 +8,12 @@ On GPUs, replace "gloo" by "nccl" and "cpu" by "cuda".
 from __future__ import annotations
 
 import tempfile
+from pydoc_data.topics import topics
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
-from pydoc_data.topics import topics
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
