@@ -53,6 +53,7 @@ REFUSED: dict[str, tuple[Callable[[nn.Module], Any], dict[str, Any], type[Except
         r"'0.weight': the network expects shape \(4, 2\), got \(2, 4\)",
     ),
     "sparse": (lambda m: replace_first(m, torch.eye(4)[:, :2].to_sparse()), {}, TypeError, "'0.weight'"),
+    "a conjugate": (lambda m: replace_first(m, (torch.ones(4, 2) * 1j).conj()), {}, TypeError, "a conjugate"),
     "no values": (lambda m: replace_first(m, torch.ones(4, 2, device="meta")), {}, TypeError, "'0.weight'"),
     "sharded": (
         lambda m: replace_first(m, torch.ones(4, 2).as_subclass(DTensor)),

@@ -27,6 +27,8 @@ def refuse_unsupported(name: str, p: Tensor) -> None:
             f"parameter {name!r} is sharded ({type(p).__name__}): G-SGD needs whole rows and columns. "
             "Supported are parameters that every process holds whole, as with DistributedDataParallel."
         )
+    if p.is_conj() or p.is_neg():
+        raise TypeError(f"parameter {name!r}: expected memory of its own, got a conjugate or negative view")
     if p.is_sparse or p.device.type == "meta":
         raise TypeError(f"parameter {name!r}: expected a dense tensor with values, got {p.layout} on {p.device}")
 
