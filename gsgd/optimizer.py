@@ -93,7 +93,7 @@ class _PathOptimizer:
 
     @property
     def lr(self) -> float:
-        """The learning rate of the next step; assign to it for a schedule: a ValueError unless it is finite and >= 0."""
+        """The learning rate of the next step; assign to it for a schedule. Anything but a number >= 0 is an error."""
         return float(self._method.lr)
 
     @lr.setter
