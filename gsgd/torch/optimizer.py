@@ -149,7 +149,9 @@ class _PathOptimizer(torch.optim.Optimizer):
         return self._current_engine().name
 
     def __repr__(self) -> str:
-        return super().__repr__().replace("(", f"(\nengine: {self.engine}", 1)
+        engine = self._current_engine()
+        why = f" ({engine.why})" if engine.why else ""
+        return super().__repr__().replace("(", f"(\nengine: {engine.name}{why}", 1)
 
     # parameters by name
 
@@ -214,6 +216,7 @@ class _PathOptimizer(torch.optim.Optimizer):
     def step(self, closure: None = None) -> None: ...
     @overload
     def step(self, closure: Closure) -> Any: ...
+    @torch._disable_dynamo  # type: ignore[attr-defined]  # torch.compiler.disable imports the compiler at once
     @torch.no_grad()
     def step(self, closure: Closure | None = None) -> Any:
         """Update the parameters; `closure`, if given, is called first and its loss returned.
@@ -251,12 +254,12 @@ class _PathOptimizer(torch.optim.Optimizer):
             engine.as_reals(self._moments(engine.params, second, [o.has_v for o in methods], which)),
         )
         if not settles:
-            self._count(engine.params, [None] * len(gradients))
+            self._count(engine, [None] * len(gradients))
             return loss
         threads = usable_threads(self._options.threads or torch.get_num_threads())
         limits = (limit(self._options.max_ratio), limit(self._options.clip_norm))
         engine.step(gradients, moments, methods, which, limits, threads, self._stats)
-        self._count(engine.params, gradients)
+        self._count(engine, gradients)
         return loss
 
     def _is_rehearsal(self) -> bool:
@@ -290,7 +293,7 @@ class _PathOptimizer(torch.optim.Optimizer):
         """Hyperparameters, and which of them are those of each parameter."""
         return [self._method(g) for g in self.param_groups], self._group_of
 
-    def _count(self, params: list[Tensor], gradients: Tensors) -> None:
+    def _count(self, engine: Engine, gradients: Tensors) -> None:
         """Note that a step was taken."""
 
     def _moments(self, params: list[Tensor], name: str, has: list[bool], which: list[int]) -> Tensors:
@@ -518,6 +521,12 @@ class GAdam(_PathOptimizer):
 
     def _methods(self, engine: Engine, gradients: Tensors) -> tuple[list[Method], list[int]]:
         """The bias corrections are of the number of steps that a parameter itself has taken."""
+        if engine.steps_taken is not None:
+            for p, taken in zip(engine.params, engine.steps_taken, strict=True):
+                if (known := self.state[p].get("step")) is not taken:
+                    taken.fill_(0 if known is None else known)
+                    self.state[p]["step"] = taken
+            return super()._methods(engine, gradients)
         place: dict[tuple[int, int], int] = {}
         which = []
         for p, g, group in zip(engine.params, gradients, self._group_of, strict=True):
@@ -526,8 +535,10 @@ class GAdam(_PathOptimizer):
         own = [self._method(g) for g in self.param_groups]
         return [own[group].at(step) for group, step in place], which
 
-    def _count(self, params: list[Tensor], gradients: Tensors) -> None:
-        for p, g in zip(params, gradients, strict=True):
+    def _count(self, engine: Engine, gradients: Tensors) -> None:
+        if engine.steps_taken is not None:
+            return
+        for p, g in zip(engine.params, gradients, strict=True):
             self.state[p]["step"] = int(self.state[p].get("step", 0)) + (g is not None)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from gsgd.coordinates import Coordinates
 from gsgd.network import Network
 from gsgd.torch.engines.array import ArrayEngine
-from gsgd.torch.engines.base import Engine, EngineName, Tensors, as_real
+from gsgd.torch.engines.base import Engine, EngineName, Tensors, Unsupported, as_real
 from gsgd.torch.engines.core import CoreEngine
 from gsgd.torch.engines.sharded import ShardedEngine
 from gsgd.torch.shards import is_sharded
@@ -57,13 +57,23 @@ def choose(
     devices = {p.device for p in tensors.values()}
     if len(devices) > 1:
         raise ValueError(f"expected all parameters on one device, got {sorted(map(str, devices))}")
-    if engine == "triton":
-        raise ValueError("engine 'triton': is not available yet; use 'auto'")
+    why = None
+    if engine == "triton" or (engine == "auto" and devices == {torch.device("cuda", d.index) for d in devices}):
+        try:
+            from gsgd.torch.engines.triton import TritonEngine
+
+            return TritonEngine(net, coordinates, tensors)
+        except (ImportError, Unsupported) as error:
+            why = f"triton {error}"
+            if engine == "triton":
+                raise ValueError(f"engine 'triton': {error}") from None
     outside = _outside_of_core(tensors)
     if engine == "core" and outside is not None:
         raise ValueError(f"engine 'core': takes float32 and float64 parameters on the CPU, {outside}")
     if engine == "array" or outside is not None:
-        return ArrayEngine(net, coordinates, tensors)
+        found = ArrayEngine(net, coordinates, tensors)
+        found.why = why
+        return found
     return CoreEngine(net, coordinates, tensors, plan)
 
 

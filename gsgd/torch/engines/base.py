@@ -21,10 +21,16 @@ def as_real(t: Tensor) -> Tensor:
     return torch.view_as_real(t) if t.is_complex() and t.layout is torch.strided else t
 
 
+class Unsupported(ValueError):
+    """Why an engine can't take these parameters."""
+
+
 class Engine:
     """The parameters in the order of `tensors`, with real tensors that share their memory as it is now."""
 
     name: ClassVar[EngineName]
+    why: str | None = None  # why it is not the faster one that was tried first
+    steps_taken: list[Tensor] | None = None  # by every parameter, where the device counts them
 
     def __init__(self, net: Network, tensors: Mapping[str, Tensor]) -> None:
         self.net = net
