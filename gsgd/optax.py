@@ -151,7 +151,10 @@ def gsgd(
     Raises
     ------
     ValueError, TypeError
-        Hyperparameters are not as they should be; or, in `init`, names, shapes or dtypes of the parameters.
+        A hyperparameter is out of its range, or no number, or `network` is an approximation of batch normalization.
+        In `init`: parameters of the network are missing, of another shape, or not floating point. In `update`:
+        `params` are missing, parameters or gradients are of other shapes than in `init`, or the state is another
+        transformation's.
     """
     make = partial(SGD, momentum=_or_zero(momentum), nesterov=nesterov, weight_decay=weight_decay)
     return _transformation(learning_rate, network, make, scale, rule, max_ratio, clip_norm)
@@ -178,6 +181,11 @@ def gadam(
         See `gsgd`.
     b1, b2, eps, weight_decay, decoupled
         ``betas=(b1, b2)`` and the others of `gsgd.GAdam`.
+
+    Raises
+    ------
+    ValueError, TypeError
+        As in `gsgd`.
     """
     make = partial(Adam, betas=(b1, b2), eps=eps, weight_decay=weight_decay, decoupled=decoupled)
     return _transformation(learning_rate, network, make, scale, rule, max_ratio, clip_norm)
@@ -203,13 +211,18 @@ def grmsprop(
         See `gsgd`.
     decay, eps, weight_decay, momentum
         ``alpha=decay`` and the others of `gsgd.GRMSprop`.
+
+    Raises
+    ------
+    ValueError, TypeError
+        As in `gsgd`.
     """
     make = partial(RMSprop, alpha=decay, eps=eps, weight_decay=weight_decay, momentum=_or_zero(momentum))
     return _transformation(learning_rate, network, make, scale, rule, max_ratio, clip_norm)
 
 
 def ones(params: Tree, network: Network) -> Tree:
-    """`params` with every skeleton weight 1: the paper's start (section 11.2).
+    """`params` with every skeleton weight 1: the paper's start (its section 11.2).
 
     A transformation can't overwrite weights in `init`. What ``gsgd.GSGD(params, network, lr, scale="ones")`` does is
     ``gsgd.optax.gsgd(lr, network, scale="initial")`` from ``gsgd.optax.ones(params, network)``.
@@ -219,6 +232,16 @@ def ones(params: Tree, network: Network) -> Tree:
     params : pytree of arrays
     network : Network
         Of parameters named by their key paths; the skeleton is that of rule "modulo".
+
+    Returns
+    -------
+    pytree like `params`
+        With the same shapes and dtypes.
+
+    Raises
+    ------
+    ValueError, TypeError
+        Parameters of the network are missing, of another shape, or not floating point.
     """
     leaves, _, skeleton = _skeleton(params, network, "modulo", False)
     masks = {name: np.zeros(np.shape(x), bool) for name, x in leaves.items()}

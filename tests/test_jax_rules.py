@@ -158,8 +158,8 @@ def test_transformers_and_norms(name: str) -> None:
 def test_flax() -> None:
     nn = pytest.importorskip("flax.linen", reason="Flax is not installed")
 
-    class Block(nn.Module):  # type: ignore[misc, name-defined, unused-ignore]
-        @nn.compact  # type: ignore[untyped-decorator, unused-ignore]
+    class Block(nn.Module):
+        @nn.compact
         def __call__(self, x: Any) -> Any:
             x = nn.Dense(WIDTH)(x)
             x = x + nn.MultiHeadDotProductAttention(2)(h := nn.LayerNorm()(x), h)
@@ -173,7 +173,7 @@ def test_flax() -> None:
 def test_flax_nnx() -> None:
     nnx = pytest.importorskip("flax.nnx", reason="Flax is not installed")
 
-    class Block(nnx.Module):  # type: ignore[misc, name-defined, unused-ignore]
+    class Block(nnx.Module):
         def __init__(self, rngs: Any) -> None:
             self.i, self.o = nnx.Linear(5, WIDTH, rngs=rngs), nnx.Linear(WIDTH, 2, rngs=rngs)
             self.n1, self.n2, self.n3 = (nnx.LayerNorm(WIDTH, rngs=rngs) for _ in range(3))

@@ -295,7 +295,7 @@ class Random(nn.Module):
                 values.append(BINARY[which - len(UNARY)](a, b))
             else:
                 values.append(LEARNED[kind % len(LEARNED)][0](a, *own))
-        return self.head(values[-1]).mean(1)  # type: ignore[no-any-return]
+        return self.head(values[-1]).mean(1)
 
 
 @given(st.lists(st.tuples(*[st.integers(0, 10_000)] * 3), min_size=3, max_size=10), st.sampled_from(["tie", "pin"]))
@@ -403,7 +403,7 @@ def family(rule: Rule) -> object:
 
 def test_every_rule_has_a_mutant() -> None:
     all_rules = {family(rule) for table in TABLES for rule in table.values()}
-    assert all_rules == {family(rules.find_rule(name)) for name in MUTANTS}  # type: ignore[arg-type]
+    assert all_rules == {family(rules.find_rule(name)) for name in MUTANTS}
 
 
 @pytest.mark.parametrize("name", MUTANTS)
@@ -414,7 +414,7 @@ def test_verify_finds_rules_that_say_too_little(name: str, monkeypatch: pytest.M
     verify(model, trace(model, x), x)
     for table in TABLES:
         for known, rule in list(table.items()):
-            if family(rule) == family(rules.find_rule(name)):  # type: ignore[arg-type]
+            if family(rule) == family(rules.find_rule(name)):
                 monkeypatch.setitem(table, known, mutant(rule))
     wrong = trace(model, x)
     with pytest.raises(SymmetryError):
