@@ -159,10 +159,18 @@ enum {
     LANES = 8,    /* columns summed side by side where rows are the fast dimension */
 };
 
+#ifdef __GNUC__
+#pragma GCC visibility push(hidden)
+#endif
+
 /* See the caller's arrays (NULL: none) through every block, as `which` view. */
 void gsgd_bind(gsgd_plan *plan, const gsgd_array *arrays, int which);
 
 /* Make the walk over the views at hand, unless it is that of the call before. */
 void gsgd_plan_walk(gsgd_plan *plan, int clips);
+
+#ifdef __GNUC__
+#pragma GCC visibility pop
+#endif
 
 #endif
