@@ -75,6 +75,7 @@ struct gsgd_plan {
     int clips;                     /* the walk is one for clip_norm */
     uint8_t *has_gradient, *has_m; /* per array: in the last gather */
     team gather_team, apply_team;
+    int threads_wanted, threads_startable;
 
     double *gathered, *solved; /* of gsgd_step */
     double *to_a, *to_b;       /* chain products relative to in0 and out0 */

@@ -90,11 +90,15 @@ class Block:
 
     def indices(self, flat: Ids) -> list[tuple[int, ...]]:
         """The same of several entries."""
+        return list(zip(*(axis.tolist() for axis in self.places(flat)), strict=True))
+
+    def places(self, flat: Ids) -> list[Ids]:
+        """The same as one array per axis."""
         at = [np.zeros_like(flat) for _ in range(1 + max(self.start[0], *(d.axis for d in self.dims)))]
         at[self.start[0]] += self.start[1]
         for d, i in zip(self.dims, np.unravel_index(flat, self.extents), strict=True):
             at[d.axis] += d.step * i
-        return list(zip(*(axis.tolist() for axis in at), strict=True))
+        return at
 
 
 def plain_block(name: str, shape: tuple[int, ...]) -> Block:

@@ -37,8 +37,8 @@ An update is the difference of new and old weights, so these transformations bel
 itself. Per-unit numbers are computed in float64 in JAX's x64 mode and in float32 without it, all else in the types of
 the parameters, bfloat16 included.
 
-Where a gradient or a path ratio is not finite, updates are 0 and the state stays as it is, its `count` included:
-raising an error would mean waiting for the device.
+Where a gradient or a path ratio is not finite, updates are 0 and the state stays as it is, its `count` included, and
+`skipped` counts one more: raising an error would mean waiting for the device.
 
 `init` chooses the skeleton by the weights' values, passing over exact zeros. Inside ``jax.jit`` and ``jax.vmap``
 (over seeds, say) it has no values: there the skeleton is the one of non-zero weights, the same for every seed, and the
@@ -54,7 +54,6 @@ skeleton is an error there.
 from __future__ import annotations
 
 import hashlib
-import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -67,11 +66,12 @@ import numpy as np
 import optax
 from numpy.typing import NDArray
 
-from gsgd import layout, stages
+from gsgd import stages
 from gsgd.coordinates import set_to_one
 from gsgd.jax import names
+from gsgd.layout import Layout, convert, layout
 from gsgd.methods import SGD, Adam, Method, RMSprop
-from gsgd.network import Network, plain_block
+from gsgd.network import Network
 from gsgd.options import MaxRatio, Options, limit
 from gsgd.skeleton import Rule, Skeleton
 
@@ -84,14 +84,15 @@ ScaleName = Literal["balanced", "initial"]
 
 @dataclass(frozen=True)
 class Trees:
-    """The skeleton of a network, equal to others of the same digest: a part of the state that has no values."""
+    """The skeleton of a network, equal to others of the same method and digest: what of a state has no values."""
 
+    method: str
     digest: str
     shapes: dict[str, tuple[int, ...]] = field(compare=False, repr=False)
-    tables: layout.Tables = field(compare=False, repr=False)
+    layout: Layout = field(compare=False, repr=False)
 
     def __str__(self) -> str:
-        return f"skeleton {self.digest}"
+        return f"{self.method} on skeleton {self.digest}"
 
 
 class Reference(NamedTuple):
@@ -107,8 +108,8 @@ class State(NamedTuple):
 
     Attributes
     ----------
-    count, clamped : int arrays
-        Counts of steps taken, and of path ratios that were clamped.
+    count, clamped, skipped : int arrays
+        Counts of steps taken, of path ratios that were clamped, and of steps left out as not finite.
     reference : dict of one Trees to its Reference
         As a key the skeleton is no leaf, but has a name: what restores arrays by their names into a state of another
         skeleton (Orbax, Flax's serialization) finds none.
@@ -118,6 +119,7 @@ class State(NamedTuple):
 
     count: Array  # type: ignore[assignment, unused-ignore]  # Optax's name, and a method of tuples
     clamped: Array
+    skipped: Array
     reference: dict[Trees, Reference]
     m: Tree
     v: Tree
@@ -133,7 +135,7 @@ def gsgd(
     rule: Rule = "modulo",
     max_ratio: MaxRatio = "auto",
     clip_norm: Number | None = None,
-) -> optax.GradientTransformation:
+) -> optax.GradientTransformationExtraArgs:
     """G-SGD: stochastic gradient descent in the positively scale-invariant space (Meng et al., ICLR 2019).
 
     Parameters
@@ -166,7 +168,7 @@ def gadam(
     rule: Rule = "modulo",
     max_ratio: MaxRatio = "auto",
     clip_norm: Number | None = None,
-) -> optax.GradientTransformation:
+) -> optax.GradientTransformationExtraArgs:
     """Adam on the values of basis paths, with the options of `optax.adamw`.
 
     Parameters
@@ -191,7 +193,7 @@ def grmsprop(
     rule: Rule = "modulo",
     max_ratio: MaxRatio = "auto",
     clip_norm: Number | None = None,
-) -> optax.GradientTransformation:
+) -> optax.GradientTransformationExtraArgs:
     """RMSProp on the values of basis paths, as ``optax.rmsprop(..., eps_in_sqrt=False)``.
 
     Parameters
@@ -237,7 +239,7 @@ def _transformation(
     rule: Rule,
     max_ratio: MaxRatio,
     clip_norm: Number | None,
-) -> optax.GradientTransformation:
+) -> optax.GradientTransformationExtraArgs:
     if not isinstance(network, Network):
         raise TypeError(f"network: expected a gsgd.Network, got {type(network).__name__}")
     method = make(lr=0.0 if callable(learning_rate) else learning_rate)
@@ -248,32 +250,34 @@ def _transformation(
         raise ValueError("batch_norm 'paper' and 'released' are not supported here; describe the network with 'exact'")
 
     def init(params: Tree) -> State:
-        anchor: Any = 0 if _is_placeholder(params) else _anchor(params, network, scale, rule)
+        anchor: Any = 0 if _is_placeholder(params) else _anchor(params, network, type(method).__name__, scale, rule)
         # no array twice: a loop may donate the state's buffers
-        count, clamped = jnp.zeros([], jnp.int32), jnp.zeros([], jnp.int32)
+        count, clamped, skipped = (jnp.zeros([], jnp.int32) for _ in range(3))
         m, v = (jax.tree.map(jnp.zeros_like, params) if has else None for has in (method.has_m, method.has_v))
-        return State(count, clamped, anchor, m, v)
+        return State(count, clamped, skipped, anchor, m, v)
 
-    def update(updates: Tree, state: State, params: Tree = None) -> tuple[Tree, State]:
+    def update(updates: Tree, state: State, params: Tree = None, **extra: Any) -> tuple[Tree, State]:
         if params is None:
             raise ValueError("expected params: tx.update(grads, state, params)")
         wanted = "state: expected what this transformation's init returns"
         if not isinstance(state, State):
             raise TypeError(f"{wanted}, got {type(state).__name__}")
+        ((trees, scale),) = state.reference.items()
+        if trees.method != type(method).__name__:
+            raise TypeError(f"{wanted}, got one of {trees.method}")
         for name, has, moment in (("m", method.has_m, state.m), ("v", method.has_v, state.v)):
-            if has and moment is None:
-                raise TypeError(f"{wanted}, got one without moments {name}")
+            if has != (moment is not None):
+                raise TypeError(f"{wanted}, got one {'without' if has else 'with'} moments {name}")
         weights = [jnp.asarray(w) for w in jax.tree.leaves(params)]
         structure: Any = jax.tree.structure(params)
         # None where the parameter takes no step of its own: its paths keep their values
         gradients = [None if g is None else jnp.asarray(g) for g in structure.flatten_up_to(updates)]
-        ((trees, scale),) = state.reference.items()
         _check_shapes(trees, weights, gradients)
         moments = [[None] * len(weights) if x is None else structure.flatten_up_to(x) for x in (state.m, state.v)]
         now = make(lr=learning_rate(state.count)) if callable(learning_rate) else method
-        new, new_moments, solution = stages.step(
-            layout.convert(trees.tables, _constant),
-            stages.Scale(*scale),
+        new, solution = stages.step(
+            convert(trees.layout, jnp.asarray),
+            stages.Scale(jnp.stack([scale.in_weights, scale.out_weights]), scale.c),
             weights,
             gradients,
             gradients,
@@ -283,6 +287,7 @@ def _transformation(
             limit(options.max_ratio),
             options.clip_norm,
         )
+        new_weights, new_moments = zip(*new, strict=True)
         finite = solution.finite
         for g in gradients:
             finite &= True if g is None else jnp.isfinite(g).all()
@@ -294,27 +299,12 @@ def _transformation(
             None if olds is None else structure.unflatten(map(changed, old, value))
             for olds, old, value in zip((state.m, state.v), moments, zip(*new_moments, strict=True), strict=True)
         )
-        updates = structure.unflatten(changed(w, x) - w for w, x in zip(weights, new, strict=True))
+        updates = structure.unflatten(changed(w, x) - w for w, x in zip(weights, new_weights, strict=True))
         clamped = jnp.where(finite, solution.clamped, 0).astype(jnp.int32)
-        return updates, state._replace(count=state.count + finite, clamped=state.clamped + clamped, m=m, v=v)
+        counts = state.count + finite, state.clamped + clamped, state.skipped + ~finite
+        return updates, State(*counts, state.reference, m, v)
 
-    return optax.GradientTransformation(init, update)
-
-
-def _constant(x: NDArray[Any]) -> Array:
-    """An array of the tables; a mask as a comparison, which takes no memory of its own in a compiled step.
-
-    In a mask of tree edges at most one entry is True in each row (of in-edges), or in each column (of out-edges).
-    """
-    if x.dtype != bool or x.ndim != 6 or not x.size:
-        return jnp.asarray(x)
-    if not x.any():
-        return jnp.zeros([1] * 6, bool)
-    once = (2, 3, 4, 5) if x.sum(axis=(2, 3, 4, 5)).max() <= 1 else (1, 3, 4, 5)
-    extents = [n if axis in once else 1 for axis, n in enumerate(x.shape)]
-    places = np.arange(math.prod(extents)).reshape(extents)
-    found = np.where(x, places, -1).max(axis=once, keepdims=True)
-    return jnp.arange(places.size).reshape(extents) == jnp.asarray(found)
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 def _check_shapes(trees: Trees, weights: Sequence[Array], gradients: Sequence[Array | None]) -> None:
@@ -343,7 +333,7 @@ def _skeleton(params: Tree, network: Network, rule: Rule, balanced: bool) -> tup
     return leaves, traced, Skeleton(network, host, rule, balanced=balanced and not traced)
 
 
-def _anchor(params: Tree, network: Network, scale: ScaleName, rule: Rule) -> dict[Trees, Reference]:
+def _anchor(params: Tree, network: Network, method: str, scale: ScaleName, rule: Rule) -> dict[Trees, Reference]:
     """The trees and the reference scale of `params`."""
     leaves, traced, skeleton = _skeleton(params, network, rule, scale == "balanced")
     skeleton.warn_of_pinned()
@@ -351,14 +341,14 @@ def _anchor(params: Tree, network: Network, scale: ScaleName, rule: Rule) -> dic
     if not network.num_units:
         warnings.warn("no unit was found that can be rescaled: every step is a plain one", stacklevel=3)
     number = {name: i for i, name in enumerate(shapes)}
-    blocks = [*network.blocks, *(plain_block(n, s) for n, s in shapes.items() if n not in network.shapes)]
-    tables = layout.tables(network.num_units, [(number[b.name], b) for b in blocks], *skeleton.edge_arrays)
+    blocks = [(number[b.name], b) for b in network.blocks]
+    found_layout = layout(network.num_units, [*shapes.values()], blocks, *skeleton.edge_arrays)
     digest = hashlib.sha256(repr(shapes).encode())
-    for b in blocks:
+    for _, b in blocks:
         digest.update(repr((b.name, b.dims, b.start)).encode() + b.rows.tobytes() + b.cols.tobytes())
     for edges in skeleton.edge_arrays:
         digest.update(edges.tobytes())
-    trees = Trees(digest.hexdigest()[:32], shapes, tables)
+    trees = Trees(method, digest.hexdigest()[:32], shapes, found_layout)
     real = jnp.result_type(float)
 
     def reference_scale(*arrays: Any) -> list[NDArray[Any]]:

@@ -9,7 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gsgd.blocks import PINNED, Block
-from gsgd.layout import Array, Edges, along, assemble, at_tree, tables, view
+from gsgd.entries import along, at_edges, set_edges
+from gsgd.layout import IN, Array, ArrayLayout, Edges, Shape, layout
 from gsgd.methods import METHODS, Row
 from gsgd.stages import Scale, gather, step
 
@@ -17,9 +18,9 @@ from gsgd.stages import Scale, gather, step
 class Plan:
     """`gsgd._core.Plan` in Python: the same methods on lists of NumPy arrays."""
 
-    def __init__(self, units: int, arrays: int, blocks: Sequence[tuple[int, Block]]) -> None:
+    def __init__(self, units: int, shapes: Sequence[Shape], blocks: Sequence[tuple[int, Block]]) -> None:
         self.units = units
-        self.arrays = arrays
+        self.shapes = shapes
         self.blocks = list(blocks)
 
     def choose_trees(self, weights: Sequence[Array], largest: bool, scale: Array | None) -> tuple[Edges, Edges]:
@@ -94,12 +95,12 @@ class Plan:
 
     def set_trees(self, in_edges: Edges, out_edges: Edges) -> NDArray[np.bool_]:
         """Use these trees; whether the in-edge of each unit is free."""
-        self._tables = tables(self.units, self.blocks, in_edges, out_edges)
-        return np.asarray((in_edges[:, 0] >= 0) & ~self._tables.chain[:-1])
+        self._layout = layout(self.units, self.shapes, self.blocks, in_edges, out_edges)
+        return np.asarray((in_edges[:, 0] >= 0) & ~self._layout.chain[:-1])
 
     def set_reference(self, in_weights: Array, out_weights: Array, c: Array) -> None:
         """Measure path values relative to these tree weights and scale (METHOD.md, section 4)."""
-        self._scale = Scale(*(np.append(x, 1.0) for x in (in_weights, out_weights, c)))
+        self._scale = Scale.of(np.asarray, in_weights, out_weights, c)
 
     def step(
         self,
@@ -118,82 +119,86 @@ class Plan:
         if not all(g is None or np.isfinite(g).all() for g in gradients):
             raise FloatingPointError(-1)
         shared = {row: METHODS[int(row[0])].of_row(Row(*row)) for row in map(tuple, rates.tolist())}
-        summed = gradients if sums is None else sums
         with np.errstate(all="ignore"):
-            new, moments, solution = step(
-                self._tables,
+            new, solution = step(
+                self._layout,
                 self._scale,
                 weights,
                 gradients,
-                summed,
+                gradients if sums is None else sums,
                 None if norm is None else np.append(norm, 1.0),
                 list(zip(m, v, strict=True)),
                 [shared[tuple(row)] for row in rates.tolist()],
                 max_ratio,
                 None if math.isinf(clip_norm) else clip_norm,
             )
-        if not solution.finite:
-            x = solution.a * solution.b
-            good = np.isfinite(x) & (x != 0) & np.isfinite(solution.m) & np.isfinite(solution.v)
-            good &= np.isfinite(solution.ratio) & (solution.ratio != 0)
-            largest = min(np.finfo(w.dtype).max for w in weights)
-            for factor in (solution.a, solution.b, solution.ratio):
-                good &= (1 / largest <= np.abs(factor)) & (np.abs(factor) <= largest)
-            raise FloatingPointError(int(np.argmin(good)))
-        new_m, new_v = zip(*moments, strict=True)
-        for old, value in zip([*weights, *m, *v], [*new, *new_m, *new_v], strict=True):
-            if old is not None:
-                old[...] = value
+            if not solution.finite:
+                size = np.abs(solution.checked)
+                size[3:][size[3:] > min(np.finfo(w.dtype).max for w in weights)] = np.inf
+                raise FloatingPointError(int(np.argmin(np.isfinite(size).all(axis=0))))
+            for *old, (value, moments) in zip(weights, m, v, new, strict=True):
+                for x, y in zip(old, (value, *moments), strict=True):
+                    if x is not None:
+                        x[...] = y
         return int(solution.clamped)
+
+    def _along(self, values: Sequence[Array], combine: Callable[[Array, Array], Array], end: float) -> Array:
+        """What `combine` makes of the values of tree edges along both trees, per unit, (2, H + 1)."""
+        t = self._layout
+        return along(t.jumps, np.append(at_edges(t, values, values)[:-1], end)[t.edge], combine)
+
+    def _at_ends(self, number: int, a: Array, b: Array) -> tuple[Array, Array, ArrayLayout]:
+        """What is given per unit at the sources and the destinations of an array's entries."""
+        own, t = self._layout.arrays[number], self._layout
+        source = a[-1] if own.cols is None else a[own.cols.of(np, t.cols)]
+        return source, b[-1] if own.rows is None else b[own.rows.of(np, t.rows)], own
 
     def path_values(self, weights: list[Array], values: list[Array], logs: list[Array] | None) -> None:
         """The value of the basis path that each weight owns, or its sign and logarithm."""
-        t = self._tables
-        in_weights, out_weights = (at_tree(np, t, tree, weights, 1.0) for tree in (t.in_tree, t.out_tree))
 
-        def paths(f: Callable[[Array], Array], combine: Callable[[Array, Array], Array]) -> list[Array]:
-            a, b = along(t.in_tree, f(in_weights), combine), along(t.out_tree, f(out_weights), combine)
-            found = [
-                combine(combine(a[k.cols], f(view(np, k, weights).astype(np.float64))), b[k.rows]) for k in t.blocks
-            ]
-            return assemble(np, t, [np.where(k.free, np.nan, x) for k, x in zip(t.blocks, found, strict=True)], weights)
+        def paths(
+            to: list[Array], f: Callable[[Array], Array], combine: Callable[[Array, Array], Array], end: float
+        ) -> None:
+            x = [f(w.astype(np.float64)) for w in weights]
+            a, b = self._along(x, combine, end)
+            for i, (values, out) in enumerate(zip(x, to, strict=True)):
+                source, destination, own = self._at_ends(i, a, b)
+                found = combine(combine(source, values.reshape(own.shape)), destination).reshape(own.whole)
+                is_free = own.edges.of(np, self._layout.owner) > self.units
+                found[tuple(x[is_free] for x in own.index)] = np.nan
+                out[...] = found
 
         with np.errstate(divide="ignore"):
             if logs is None:
-                for to, x in zip(values, paths(lambda w: w, np.multiply), strict=True):
-                    to[...] = x
+                paths(values, lambda w: w, np.multiply, 1.0)
             else:
-                for to, x in zip(values, paths(np.sign, np.multiply), strict=True):
-                    to[...] = x
-                for to, x in zip(logs, paths(lambda w: np.log(np.abs(w)), np.add), strict=True):
-                    to[...] = x
+                paths(values, np.sign, np.multiply, 1.0)
+                paths(logs, lambda w: np.log(np.abs(w)), np.add, 0.0)
 
     def path_gradients(
         self, weights: list[Array], gradients: list[Array], sums: list[Array], norm: Array | None, out: list[Array]
     ) -> None:
         """The inverse chain rule (section 4.2)."""
-        t = self._tables
-        s = gather(t, weights, sums)
-        in_weights, out_weights = (at_tree(np, t, tree, weights, 1.0) for tree in (t.in_tree, t.out_tree))
-        a, b = along(t.in_tree, in_weights, np.multiply), along(t.out_tree, out_weights, np.multiply)
-        d = (in_weights * at_tree(np, t, t.in_tree, sums, 0.0) - s) / (a * b)
-        d = d if norm is None else d / np.append(norm, 1.0)
-        if not np.isfinite(s).all():
+        t = self._layout
+        found = gather(t, weights, sums, [(None, None)] * len(weights))
+        if not np.isfinite(found.s).all():
             raise FloatingPointError(-1)
-        parts = [
-            np.where(k.free, np.nan, np.where(k.chain, d[k.rows], view(np, k, gradients) / (a[k.cols] * b[k.rows])))
-            for k in t.blocks
-        ]
-        for to, x in zip(out, assemble(np, t, parts, weights), strict=True):
-            to[...] = x
+        a, b = self._along(weights, np.multiply, 1.0)
+        d = (found.weights[IN] * found.g - found.s) / (a * b)
+        d = d if norm is None else d / np.append(norm, 1.0)
+        of_edges = np.concatenate((d, np.full(self.units + 1, np.nan)))[t.owner]
+        for i, (g, to) in enumerate(zip(gradients, out, strict=True)):
+            source, destination, own = self._at_ends(i, a, b)
+            to[...] = set_edges(own, g.reshape(own.shape) / (source * destination), own.edges.of(np, of_edges))
 
     def allocate(self, weights: list[Array], ratios: list[Array], out: list[Array]) -> None:
         """Weight allocation (section 4.3)."""
-        t = self._tables
-        rho = np.where(t.chain, at_tree(np, t, t.in_tree, ratios, 1.0), 1.0)[t.root]
-        parts = []
-        for k in t.blocks:
-            w = view(np, k, weights)
-            parts.append(np.where(k.free, w, w * view(np, k, ratios) / rho[k.cols]))
-        for to, x in zip(out, assemble(np, t, parts, weights), strict=True):
-            to[...] = x
+        t = self._layout
+        ratio = np.append(at_edges(t, ratios, ratios)[:-1], 1.0)[t.edge[IN]]
+        rho = np.where(t.chain, ratio, 1.0)[t.root]
+        for i, (w, r, to) in enumerate(zip(weights, ratios, out, strict=True)):
+            source, _, own = self._at_ends(i, rho, rho)
+            new = w.reshape(own.shape) * r.reshape(own.shape) / source
+            old = w[own.index]
+            is_free = own.edges.of(np, t.owner) > self.units
+            to[...] = set_edges(own, new, np.where(is_free, old, new.reshape(w.shape)[own.index]))

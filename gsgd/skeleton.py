@@ -13,7 +13,7 @@ import numpy as np
 from array_api_compat import array_namespace, device
 from numpy.typing import NDArray
 
-from gsgd import layout, reference
+from gsgd import entries, reference
 from gsgd.arrays import Arrays, as_array, check_gradients, check_parameters
 from gsgd.network import Block, Network, Sum, plain_block
 from gsgd.scale import balanced_scale, core_plan
@@ -36,7 +36,9 @@ def make_plan(net: Network, arrays: Arrays, backend: Backend) -> tuple[Any, list
     blocks = [*net.blocks, *(plain_block(n, a.shape) for n, a in arrays.items() if n not in mentioned)]
     number = {name: i for i, name in enumerate(arrays)}
     if backend == "reference":
-        return reference.Plan(net.num_units, len(arrays), [(number[b.name], b) for b in blocks]), blocks
+        return reference.Plan(
+            net.num_units, [a.shape for a in arrays.values()], [(number[b.name], b) for b in blocks]
+        ), blocks
     if backend != "c":
         raise ValueError(f"backend: expected 'c' or 'reference', got {backend!r}")
     return core_plan(blocks, arrays, net.num_units), blocks
@@ -82,7 +84,7 @@ def batch_norm_gradients(
         here = np.flatnonzero(in_edges[:, 0] == k)
         group, row, _, *taps = np.unravel_index(in_edges[here, 1], b.extents)
         if chain_norm is None:
-            real = layout.real_type(xp, device(norm))
+            real = entries.real_type(xp, device(norm))
             chain_norm = xp.ones(net.num_units, dtype=real, device=device(norm))
         unit, *at = (xp.asarray(x, device=device(norm)) for x in (here, group, row, 0 * row, *taps))
         chain_norm[unit] = xp.astype(norm[tuple(at)], chain_norm.dtype)

@@ -1,8 +1,5 @@
 """The binding checks everything: each misuse of the C core's plan is an error, and nothing is written."""
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -287,36 +284,3 @@ NO_UNITS = np.zeros(0, np.int64)
 def test_a_description_that_is_refused(units: Any, specs: Any, blocks: Any) -> None:
     with pytest.raises((TypeError, ValueError)):
         _core.Plan(units, specs, blocks)
-
-
-FORK = """
-import os, threading, time, numpy as np, gsgd
-params = {"a": np.random.default_rng(0).normal(size=(1500, 1500)), "b": np.ones((10, 1500))}
-opt = gsgd.GSGD(params, gsgd.Network.sequential(params), threads=1, scale="initial", lr=1e-9)
-grads = {name: np.zeros_like(value) for name, value in params.items()}
-opt.step(grads)
-stop = False
-def run():
-    while not stop:
-        opt.step(grads)
-thread = threading.Thread(target=run)
-thread.start()
-failed = 0
-for _ in range(8):
-    child = os.fork()
-    if child == 0:
-        try:
-            opt.step(grads)
-        except RuntimeError:
-            os._exit(1)
-        os._exit(0)
-    failed += os.waitpid(child, 0)[1] != 0
-stop = True
-thread.join()
-assert failed == 0, failed
-"""
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_a_child_steps_whatever_its_parents_threads_were_at() -> None:
-    subprocess.run([sys.executable, "-W", "ignore", "-P", "-c", FORK], check=True, timeout=60)

@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 
 import gsgd
-from gsgd import layout, stages
+from gsgd import stages
+from gsgd.layout import convert, layout
 from gsgd.methods import SGD
 
 
@@ -25,17 +26,16 @@ def test_a_step_on_strict_arrays_is_the_core_s(net: gsgd.Network) -> None:
     grads = {name: 0.01 * rng.standard_normal(shape) for name, shape in net.shapes.items()}
     skeleton = gsgd.Skeleton(net, params)
     number = {name: i for i, name in enumerate(params)}
-    blocks = [(number[b.name], b) for b in net.blocks]
-    tables = layout.convert(layout.tables(net.num_units, blocks, *skeleton.edge_arrays), xp.asarray)
-    reference_scale = (*skeleton.tree_weights(params), np.ones(net.num_units))
-    scale = stages.Scale(*(xp.asarray(np.append(x, 1.0)) for x in reference_scale))
+    blocks, shapes = [(number[b.name], b) for b in net.blocks], list(net.shapes.values())
+    tables = convert(layout(net.num_units, shapes, blocks, *skeleton.edge_arrays), xp.asarray)
+    scale = stages.Scale.of(xp.asarray, *skeleton.tree_weights(params), np.ones(net.num_units))
     weights, gradients = ([xp.asarray(x.copy()) for x in arrays.values()] for arrays in (params, grads))
     methods = [SGD(lr=0.01, momentum=0.9, weight_decay=1e-3, nesterov=True)] * len(params)
     moments = [(xp.zeros_like(w), None) for w in weights]
-    new, _, solution = stages.step(tables, scale, weights, gradients, gradients, None, moments, methods, 10.0, 1.0)
+    new, solution = stages.step(tables, scale, weights, gradients, gradients, None, moments, methods, 10.0, 1.0)
 
     opt = gsgd.GSGD(params, net, lr=0.01, momentum=0.9, weight_decay=1e-3, nesterov=True, scale="initial")
     opt.step(grads)
     assert bool(solution.finite)
-    for value, expected in zip(new, params.values(), strict=True):
+    for (value, _), expected in zip(new, params.values(), strict=True):
         np.testing.assert_allclose(np.asarray(value), expected, rtol=1e-12)

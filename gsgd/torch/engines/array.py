@@ -12,12 +12,14 @@ from array_api_compat import array_namespace
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from gsgd import layout, stages
+from gsgd import stages
 from gsgd.coordinates import Coordinates
+from gsgd.entries import real_type
+from gsgd.layout import convert, layout
 from gsgd.methods import Method
 from gsgd.network import Network
 from gsgd.optimizer import Stats
-from gsgd.skeleton import batch_norm_gradients, make_plan
+from gsgd.skeleton import batch_norm_gradients
 from gsgd.torch.engines.base import Engine, Tensors
 
 
@@ -33,20 +35,18 @@ class ArrayEngine(Engine):
         super().__init__(net, tensors)
         self.arrays = dict(zip(tensors, self.aliases, strict=True))
         device = self.aliases[0].device
-        real = layout.real_type(array_namespace(*self.aliases), device)
+        real = real_type(array_namespace(*self.aliases), device)
 
         def asarray(x: NDArray[Any]) -> Tensor:
             t = torch.from_numpy(np.ascontiguousarray(x))
-            return (t.to(real) if t.is_floating_point() else t).to(device)
+            return (t.to(real) if t.is_floating_point() else t if t.dtype == torch.bool else t.long()).to(device)
 
         number = {name: i for i, name in enumerate(tensors)}
-        shaped = {name: np.empty(p.shape, dtype=np.float32) for name, p in tensors.items()}
-        _, blocks = make_plan(net, shaped, "reference")
-        tables = layout.tables(net.num_units, [(number[b.name], b) for b in blocks], *coordinates.edges)
-        self.tables = layout.convert(tables, asarray)
+        blocks = [(number[b.name], b) for b in net.blocks]
+        shapes = [tuple(p.shape) for p in self.aliases]
+        self.layout = convert(layout(net.num_units, shapes, blocks, *coordinates.edges), asarray)
         self.in_edges = coordinates.in_edges
-        scales = (np.append(x, 1.0) for x in coordinates.scale)
-        self.scale = stages.Scale(*(asarray(x) for x in scales))
+        self.scale = stages.Scale.of(asarray, *coordinates.scale)
 
     def step(
         self,
@@ -62,8 +62,8 @@ class ArrayEngine(Engine):
         norm = None if norm is None else torch.cat((norm, torch.ones_like(norm[:1])))
         max_ratio, clip_norm = limits
         pairs = list(zip(*moments, strict=True))
-        new, new_pairs, solution = stages.step(
-            self.tables,
+        new, solution = stages.step(
+            self.layout,
             self.scale,
             self.aliases,
             found,
@@ -76,12 +76,10 @@ class ArrayEngine(Engine):
         )
         largest = nn.utils.get_total_norm([g for g in found if g is not None and g.numel()], torch.inf)
         finite = solution.finite & torch.isfinite(largest)
-        for p, value, g, follows in zip(self.aliases, new, gradients, self.following, strict=True):
-            if follows or g is not None:
-                torch.where(finite, value, p, out=p)
-        for pair, new_pair in zip(pairs, new_pairs, strict=True):
-            for moment, value in zip(pair, new_pair, strict=True):
-                if moment is not None and value is not None:
-                    torch.where(finite, value, moment, out=moment)
+        for p, pair, (value, new_pair) in zip(self.aliases, pairs, new, strict=True):
+            for old, x in zip((p, *pair), (value, *new_pair), strict=True):
+                if old is not None and x is not old:
+                    torch.where(finite, x, old, out=old)
         stats.steps += 1
         stats.clamped = stats.clamped + torch.where(finite, solution.clamped, 0)  # type: ignore[assignment]
+        stats.skipped = stats.skipped + torch.where(finite, 0, 1)  # type: ignore[assignment]
