@@ -12,7 +12,8 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from gsgd.network import Features, Network, Residual, segment
+from gsgd.features import Features, segment
+from gsgd.network import Network, Residual
 
 Nodes = NDArray[np.int64]
 
