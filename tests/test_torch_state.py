@@ -4,10 +4,12 @@ import copy
 import warnings
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from models import mlp
 from torch import nn
+from torch.distributed.checkpoint import state_dict as checkpoint
 from torch_models import Net, assert_same, example, make, momenta, train, weights
 
 import gsgd
@@ -83,35 +85,79 @@ def test_a_state_of_another_network_is_refused() -> None:
     with pytest.raises(ValueError, match=r"'in_edges' of shape \(4, 2\), expected \(24, 2\)"):
         opt.load_state_dict(GSGD(other, lr=0.1).state_dict())
     bad = copy.deepcopy(state)
-    bad["gsgd"]["in_edges"] += 10**6
+    bad["param_groups"][0]["gsgd"]["in_edges"] += 10**6
     with pytest.raises(ValueError, match="make no tree"):
         opt.load_state_dict(bad)
     with pytest.raises(ValueError, match="parameter group"):
         opt.load_state_dict({**state, "param_groups": []})
-    assert opt.state_dict()["param_groups"] == state["param_groups"]
+    assert "gsgd" not in opt.param_groups[0]
+    for name, x in opt.state_dict()["param_groups"][0]["gsgd"].items():
+        assert np.array_equal(x, state["param_groups"][0]["gsgd"][name])
 
 
 def test_states_that_do_not_fit_are_told_of() -> None:
-    """Without the skeleton, as torch.distributed.checkpoint saves it; with half of one; of another method."""
+    """Without the skeleton; with half of one; of another method; with the skeleton where version 0.1 had it."""
     models = [Net(), Net(), Net()]
     opt, adam = make(models[0]), GAdam(models[1], example_inputs=example())
     for model, o in zip(models, (opt, adam), strict=False):
         train(model, o, range(1))
     state, resumed = opt.state_dict(), make(models[2])
+    (group,) = state["param_groups"]
+    bare = {**state, "param_groups": [{name: x for name, x in group.items() if name != "gsgd"}]}
     for given in ({}, None):
         with pytest.raises(ValueError, match='"gsgd" does not hold'):
-            resumed.load_state_dict({**state, "gsgd": given})
+            resumed.load_state_dict({**bare, "gsgd": given})
     with pytest.raises(ValueError, match=r"of another method than GSGD: it has \['exp_avg', 'exp_avg_sq'\]"):
         resumed.load_state_dict(adam.state_dict())
     with pytest.raises(ValueError, match=r"of another method than GRMSprop: it has \['momentum_buffer'\]"):
         GRMSprop(models[2], example_inputs=example()).load_state_dict(state)
     assert not resumed.state
     with pytest.warns(UserWarning, match="saved without the skeleton"):
-        resumed.load_state_dict({k: v for k, v in state.items() if k != "gsgd"})
+        resumed.load_state_dict(bare)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        resumed.load_state_dict({**bare, "gsgd": group["gsgd"]})
+        assert resumed.stats.steps == 1
         resumed.load_state_dict(state)
         make(Net(), momentum=0.0).load_state_dict(torch.optim.SGD(Net().parameters()).state_dict())
+
+
+@pytest.mark.parametrize("looked", [False, True])
+@pytest.mark.parametrize("kind", [GSGD, GAdam])
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_distributed_checkpoints(kind: type[GSGD | GAdam], momentum: float, looked: bool) -> None:
+    """torch.distributed.checkpoint's helpers carry all state, also into an optimizer that they looked at first."""
+    settings = {"betas": (momentum, 0.99)} if kind is GAdam else {"momentum": momentum}
+    model, resumed = Net(), Net()
+    with torch.no_grad():
+        for p in resumed.parameters():
+            p.mul_(0.1)
+    opt, other = (kind(m, lr=0.01, example_inputs=example(), **settings) for m in (model, resumed))
+    train(model, opt, range(3))
+    state = copy.deepcopy(checkpoint.get_state_dict(model, opt))
+    if looked:
+        checkpoint.get_state_dict(resumed, other)
+        assert other.stats.steps == 0
+    checkpoint.set_state_dict(resumed, other, model_state_dict=state[0], optim_state_dict=state[1])
+    assert other.stats.steps == 3
+    for m, o in ((model, opt), (resumed, other)):
+        train(m, o, range(3, 6))
+    assert_same(model, resumed)
+
+
+def test_a_look_at_the_state_settles_nothing() -> None:
+    """A checkpoint's helpers take a step of learning rate 0 to make a state: weights that come later have a say."""
+    models, start = [Net(), Net()], Net()
+    with torch.no_grad():
+        for i, p in enumerate(start.parameters()):
+            p.mul_(3 if i % 2 else 0.3)
+    for i, model in enumerate(models):
+        opt = make(model)
+        if i:
+            checkpoint.get_optimizer_state_dict(model, opt)
+        model.load_state_dict(start.state_dict())
+        train(model, opt, range(3))
+    assert_same(*models)
 
 
 def test_state_is_matched_by_names(engine: str) -> None:

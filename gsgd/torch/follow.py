@@ -23,7 +23,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from gsgd.torch.memory import copy_converted, held_tensors
+from gsgd.torch.memory import copy_converted, held_tensors, isolated_global_hooks
 from gsgd.torch.values import ASKING, DRAWING, LIKE, Kind, Kinds, call, is_continuous, on_cpu, tensors_in
 
 OUT_OF_SIGHT = "it reads a value made out of sight: by TorchScript, vmap or an extension"
@@ -142,6 +142,7 @@ class Follow(TorchFunctionMode):
         try:
             with ExitStack() as stack:
                 stack.enter_context(kept_random_states())
+                stack.enter_context(isolated_global_hooks())
                 stack.enter_context(torch.enable_grad())
                 stack.enter_context(torch.compiler.set_stance("force_eager"))
                 if self.real:

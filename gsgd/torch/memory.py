@@ -5,13 +5,17 @@ from __future__ import annotations
 import copy
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from logging import Logger
-from types import CellType, CodeType, FunctionType, MethodType, ModuleType
+from types import BuiltinFunctionType, CellType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as torch_modules
+
+_NO_DATA = (type, ModuleType, Logger, FunctionType, BuiltinFunctionType)
 
 
 def held_tensors(root: Any) -> list[Tensor]:
@@ -82,25 +86,43 @@ def copy_converted(root: Any, convert: Callable[[Tensor], Tensor]) -> Any:
 
     Hooks of modules, which may keep or count what they are given, are copied with all that they refer to.
     """
-    modules = root.modules() if isinstance(root, nn.Module) else ()
-    hooks = [hook for module in modules for kept in _hooks_of(module) for hook in kept.values()]
-    tensors = held_tensors((root, [list(_globals_of(hook).values()) for hook in hooks]))
+    modules = list(root.modules()) if isinstance(root, nn.Module) else []
+    memo = _memo((root, *(hook for module in modules for kept in _hooks_of(module) for hook in kept.values())), convert)
+    copied = copy.deepcopy(root, memo)
+    for module in modules:
+        for kept, own in zip(_hooks_of(memo[id(module)]), _hooks_of(module), strict=True):
+            kept.update({key: _isolated(hook, memo) for key, hook in own.items()})
+    return copied
+
+
+def _memo(roots: tuple[Any, ...], convert: Callable[[Tensor], Tensor]) -> dict[int, Any]:
+    """For `copy.deepcopy`: every tensor of these, and of what hooks among them refer to, after `convert`."""
+    tensors = held_tensors((roots, [list(_globals_of(root).values()) for root in roots]))
     memo: dict[int, Any] = dict(_converted(tensors, convert))
     for t in tensors:
         if isinstance(t, nn.Parameter):
             made = memo[id(t)]
             memo[id(t)] = nn.Parameter(made, made.is_floating_point() or made.is_complex())
-    copied = copy.deepcopy(root, memo)
-    for module in copied.modules() if isinstance(root, nn.Module) else ():
-        module._backward_hooks.clear()  # they change no value that is compared
-        module._backward_pre_hooks.clear()
-        for kept in _hooks_of(module):
-            kept.update({key: _isolated(hook, memo) for key, hook in kept.items()})
-    return copied
+    return memo
 
 
-def _hooks_of(module: nn.Module) -> tuple[dict[int, Any], dict[int, Any]]:
-    return module._forward_pre_hooks, module._forward_hooks
+def _hooks_of(module: nn.Module) -> list[dict[int, Any]]:
+    return [module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks]
+
+
+@contextmanager
+def isolated_global_hooks() -> Iterator[None]:
+    """Hooks of all modules there are work on copies of what they refer to."""
+    kept: list[dict[int, Any]] = [torch_modules._global_forward_pre_hooks, torch_modules._global_forward_hooks]
+    before = [dict(hooks) for hooks in kept]
+    memo = _memo(tuple(hook for hooks in before for hook in hooks.values()), Tensor.clone)
+    for hooks in kept:
+        hooks.update({key: _isolated(hook, memo) for key, hook in hooks.items()})
+    try:
+        yield
+    finally:
+        for hooks, own in zip(kept, before, strict=True):
+            hooks.update(own)
 
 
 def _globals_of(hook: Any) -> dict[str, Any]:
@@ -115,7 +137,7 @@ def _globals_of(hook: Any) -> dict[str, Any]:
         names |= set(code.co_names)
         codes += [c for c in code.co_consts if isinstance(c, CodeType)]
     found = {name: hook.__globals__[name] for name in names if name in hook.__globals__}
-    return {n: x for n, x in found.items() if not isinstance(x, type | ModuleType | Logger) and not callable(x)}
+    return {name: x for name, x in found.items() if not isinstance(x, _NO_DATA)}
 
 
 def _isolated(hook: Any, memo: dict[int, Any]) -> Any:
@@ -129,8 +151,8 @@ def _isolated(hook: Any, memo: dict[int, Any]) -> Any:
 
     if isinstance(hook, partial):
         return partial(_isolated(hook.func, memo), *map(copied, hook.args), **copied(hook.keywords))
-    if not isinstance(hook, FunctionType):  # a method, whose object is copied with the model, or another object
-        return hook
+    if not isinstance(hook, FunctionType):
+        return copied(hook)
     own = {**hook.__globals__, **{name: copied(x) for name, x in _globals_of(hook).items()}}
     cells = []
     for cell in hook.__closure__ or ():

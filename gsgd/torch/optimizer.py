@@ -21,6 +21,8 @@ from gsgd.skeleton import Skeleton
 from gsgd.threads import usable_threads
 from gsgd.torch.engines import Engine, EngineName, EngineOption, Tensors, check_engine, choose
 from gsgd.torch.parameters import EXPECTED, Closure, Params, named_network, refuse_unsupported
+from gsgd.torch.shard_coordinates import find_coordinates
+from gsgd.torch.shards import Shards, is_sharded, local
 
 
 def _in_order_of(group: dict[str, Any], names: list[str]) -> dict[str, Any]:
@@ -95,23 +97,29 @@ class _PathOptimizer(torch.optim.Optimizer):
         if not self.network.num_units:
             warnings.warn("no unit was found that can be rescaled: every step is a plain one", stacklevel=3)
         skeleton = self._find_coordinates()  # refuses what makes no trees
-        skeleton.warn_of_pinned()
+        if skeleton is not None:
+            skeleton.warn_of_pinned()
         self._current_engine()  # refuses what no step can be taken on
-        if self._options.scale == "ones":
+        if self._options.scale == "ones" and skeleton is not None:
             with torch.no_grad():
                 set_to_one(skeleton, tensors)
 
     def _values(self) -> dict[str, NDArray[Any]]:
-        """The weights as float32 or float64 arrays."""
-        tensors = {name: p.detach().cpu() for name, p in self._tensors().items()}
+        """The weights as float32 or float64 arrays; of sharded ones what is here."""
+        tensors = {name: local(p).cpu() for name, p in self._tensors().items()}
         return {n: (a if a.dtype == torch.float64 else a.float()).numpy() for n, a in tensors.items()}
 
-    def _find_coordinates(self) -> Skeleton:
-        """Take the coordinates of the weights as they are."""
-        values = self._values()
+    def _find_coordinates(self) -> Skeleton | None:
+        """Take the coordinates of the weights as they are. Of sharded ones there is no skeleton to look at."""
+        values, tensors = self._values(), self._tensors()
+        self._seen, self._engine = fingerprint(values), None
+        if any(map(is_sharded, tensors.values())):
+            self._coordinates = find_coordinates(self.network, tensors, self._options.rule, self._options.scale)
+            self._plan = None
+            return None
         skeleton = Skeleton(self.network, values, self._options.rule, balanced=self._options.scale == "balanced")
         self._coordinates = Coordinates.of(skeleton, values, self._options.scale)
-        self._seen, self._plan, self._engine = fingerprint(values), skeleton.plan, None
+        self._plan = skeleton.plan
         return skeleton
 
     def _settle(self) -> None:
@@ -119,8 +127,13 @@ class _PathOptimizer(torch.optim.Optimizer):
 
         Since construction a checkpoint, or another process (DDP), may have replaced them.
         """
-        # the scale "ones" has made weights of its own
-        if self._stats.steps == 0 and self._options.scale != "ones" and self._seen != fingerprint(self._values()):
+        if self._stats.steps > 0 or self._options.scale == "ones":  # which has made weights of its own
+            return
+        changed = self._seen != fingerprint(self._values())
+        tensors = self._tensors()
+        if any(map(is_sharded, tensors.values())):
+            changed = Shards(tensors).any(changed)
+        if changed:
             self._find_coordinates()
 
     @property
@@ -198,7 +211,9 @@ class _PathOptimizer(torch.optim.Optimizer):
                 loss = closure()
         if all(p.grad is None for g in self.param_groups for p in g["params"]):
             return loss
-        self._settle()
+        settles = not self._is_rehearsal()
+        if settles:
+            self._settle()
         engine = self._current_engine()
         gradients = [p.grad for p in engine.params]
         if any(g is None for g in gradients):
@@ -213,11 +228,26 @@ class _PathOptimizer(torch.optim.Optimizer):
             self._moments(engine.params, first, [o.has_m for o in methods], which),
             self._moments(engine.params, second, [o.has_v for o in methods], which),
         )
+        if not settles:
+            self._count(engine.params, [None] * len(gradients))
+            return loss
         threads = usable_threads(self._options.threads or torch.get_num_threads())
         limits = (limit(self._options.max_ratio), limit(self._options.clip_norm))
         engine.step(gradients, moments, methods, which, limits, threads, self._stats)
         self._count(engine.params, gradients)
         return loss
+
+    def _is_rehearsal(self) -> bool:
+        """Whether a step makes the state and does nothing else: before there is one, torch's checkpoints take such.
+
+        All learning rates and all gradients are zero.
+        """
+        if self.state or any(isinstance(g["lr"], Tensor) and g["lr"].device.type != "cpu" for g in self.param_groups):
+            return False
+        if any(float(g["lr"]) != 0 for g in self.param_groups):
+            return False
+        given = (p.grad for g in self.param_groups for p in g["params"] if p.grad is not None)
+        return not any(local(g).any() for g in given)
 
     def _warn_of_frozen(self, engine: Engine) -> None:
         """Once per engine: a parameter that was frozen after construction follows the units that it reads."""
@@ -256,11 +286,16 @@ class _PathOptimizer(torch.optim.Optimizer):
     # state
 
     def state_dict(self) -> dict[str, Any]:
-        """As of every optimizer, and under "gsgd" the skeleton and the reference scale."""
-        state = super().state_dict()
+        """As of every optimizer, with the skeleton and the reference scale as "gsgd" in the first param group."""
         coordinates = {name: torch.from_numpy(x) for name, x in self._coordinates.save().items()}
-        state["gsgd"] = {**coordinates, **asdict(self.stats)}
-        return state
+        self.param_groups[0]["gsgd"] = {
+            **coordinates,
+            **asdict(self.stats),
+        }  # hooks see it, and checkpoints that know groups only
+        try:
+            return super().state_dict()
+        finally:
+            del self.param_groups[0]["gsgd"]
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Continue from `state_dict`. A state without "gsgd", of another optimizer, keeps this one's skeleton.
@@ -281,9 +316,12 @@ class _PathOptimizer(torch.optim.Optimizer):
         held = {n for s in state_dict["state"].values() for n, x in s.items() if isinstance(x, Tensor)} - {"step"}
         if held and not {self.moments[1]} - {""} <= held <= {*self.moments}:
             raise ValueError(f"state_dict: of another method than {type(self).__name__}: it has {sorted(held)}")
-        given = state_dict.get("gsgd")
+        groups = [dict(group) for group in state_dict["param_groups"]]
+        saved = [group.pop("gsgd") for group in groups if "gsgd" in group]
+        saved += [state_dict["gsgd"]] if "gsgd" in state_dict else []  # of version 0.1
+        given = saved[0] if saved else None
         coordinates = self._coordinates
-        if "gsgd" in state_dict:
+        if saved:
             if not isinstance(given, Mapping) or not given.keys() >= {*NAMES, "steps", "clamped"}:
                 raise ValueError('state_dict: "gsgd" does not hold the skeleton and the reference scale')
             arrays = {name: given[name].numpy(force=True) for name in NAMES}
@@ -297,7 +335,7 @@ class _PathOptimizer(torch.optim.Optimizer):
         self._make_engine(coordinates)  # refuses what are no trees
         names = [g["param_names"] for g in self.param_groups]
         matched = {k: v for k, v in state_dict.items() if k != "gsgd"}
-        matched["param_groups"] = list(map(_in_order_of, state_dict["param_groups"], names))
+        matched["param_groups"] = list(map(_in_order_of, groups, names))
         super().load_state_dict(matched)
         for group, own in zip(self.param_groups, names, strict=True):
             group["param_names"] = own  # those in the state may be of a wrapped model

@@ -17,12 +17,12 @@ from torch.utils._pytree import tree_leaves
 
 from gsgd.torch.follow import Follow, copy_model, name_of, own_tensors
 from gsgd.torch.memory import held_tensors, shared_parameters
-from gsgd.torch.values import is_continuous, storage_of, tensors_in
+from gsgd.torch.values import SELECTING, Kind, is_continuous, storage_of, tensors_in
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]  # positional and keyword
 
 _TRIED_SIZES = (224, 32, 28, 64, 96, 128, 256, 299, 16, 8)  # spatial extents, when no example inputs are given
-_NUDGE = 1e-6  # relative: a number that is asked for is changed by so much, to see whether it is used
+_NUDGES = (1e-6, 1.0)  # a number that is asked for is changed by so much of it, to see whether it is used
 
 
 @dataclass(frozen=True)
@@ -80,13 +80,14 @@ def record(model: nn.Module, names: Mapping[str, str], given: Arguments | None, 
             if real or not (asked or given) or any(t.is_meta for t in held_tensors((model, given))):
                 raise _explained(error, model) from error.__cause__
             real = True
-    asks = {i for i, call in enumerate(first.calls) if call.asks}
-    used = {i for i in asks if first.calls[i].asks == "data" or _lies_in(first.calls[i].module, left_out)}
-    if any(first.calls[i].asks == "number" for i in asks - used) and _differ(first, run(inputs, nudged=True)):
-        used |= {i for i in asks if first.calls[i].asks == "number"}
-    _warn_of_choices(
-        model, {first.calls[i].line: None for i in sorted(asks) if not _lies_in(first.calls[i].module, left_out)}
-    )
+    asks = {i: call for i, call in enumerate(first.calls) if call.asks}
+    outside = {i: call for i, call in asks.items() if not _lies_in(call.module, left_out)}
+    used = {i for i, call in asks.items() if call.asks == "data" or i not in outside}
+    numbers = {i for i, call in asks.items() if call.asks == "number"}
+    if numbers - used and any(_differ(first, run(inputs, nudge=nudge)) for nudge in _NUDGES):
+        used |= numbers
+    if outside:
+        _warn_of_choices(model, outside.values())
     live = _live(first, used)
     reads = Counter(t for i in live for t in first.calls[i].counted)
     shared = shared_parameters(model)
@@ -101,7 +102,11 @@ def _copy(model: nn.Module, real: bool) -> nn.Module:
     def convert(t: Tensor) -> Tensor:
         return t.detach().to("meta" if t.is_meta or (not real and storage_of(t) in weights) else "cpu", copy=True)
 
-    return copy_model(model, convert).train()
+    ghost = copy_model(model, convert).train()
+    for module in ghost.modules():  # nothing goes backward here
+        module._backward_hooks.clear()
+        module._backward_pre_hooks.clear()
+    return ghost
 
 
 def _first(ghost: nn.Module, run: Callable[[Arguments], _Run], given: Arguments | None) -> tuple[Arguments, _Run]:
@@ -114,7 +119,7 @@ def _first(ghost: nn.Module, run: Callable[[Arguments], _Run], given: Arguments 
         try:
             found = run(inputs)
         except ValueError as error:
-            if _asks_for_values(error.__cause__):  # other inputs would not help
+            if _asks_for_values(error.__cause__) or _lacks_forward(error.__cause__):  # other inputs would not help
                 raise
             failure = failure or error
             continue
@@ -153,35 +158,43 @@ def _asks_for_values(error: BaseException | None) -> bool:
     return re.search(r"(?<![a-z])meta(?![a-z])", str(error), re.IGNORECASE) is not None
 
 
+def _lacks_forward(error: BaseException | None) -> bool:
+    return isinstance(error, NotImplementedError) and 'required "forward"' in str(error)
+
+
 def _explained(error: ValueError, model: nn.Module) -> ValueError:
     """The error with what to do about it."""
-    parts = [name for name, child in model.named_children() if next(child.parameters(), None) is not None]
-    if isinstance(error.__cause__, NotImplementedError) and '"forward"' in str(error.__cause__):
-        such = f": trace what it calls, as by GSGD(self.{parts[0]})" if parts else ""
+    if _lacks_forward(error.__cause__):
+        such = "".join(f": trace what it calls, as by GSGD(self.{part})" for part in _parts(model)[:1])
         return ValueError(f"{type(model).__name__} has no forward{such}")
     if _asks_for_values(error.__cause__):
-        return ValueError(f"{error} (a tensor's values are asked for; {_advice(parts)})")
+        return ValueError(
+            f"{error} (a tensor's values are asked for; {_trace_a_part(model)}describe such a network by hand, and "
+            "pass network=)"
+        )
     return error
 
 
-def _advice(parts: list[str]) -> str:
-    by_hand = "describe such a network by hand, and pass network="
-    if not parts:
-        return by_hand
-    return f"trace a part that does not, as by trace(model.{parts[0]}, ..., prefix={parts[0] + '.'!r}), or {by_hand}"
+def _parts(model: nn.Module) -> list[str]:
+    """Its children that have parameters."""
+    return [name for name, child in model.named_children() if next(child.parameters(), None) is not None]
 
 
-def _warn_of_choices(model: nn.Module, lines: Collection[str]) -> None:
-    if lines:
-        parts = [name for name, child in model.named_children() if next(child.parameters(), None) is not None]
-        example = parts[-1] if parts else "part"
-        warnings.warn(
-            f"the model asks for real values, at {', '.join(lines)}: they were those of a run on the example, and the "
-            "network holds while what depends on them is chosen alike. If that is not so, trace a part of the model, "
-            f"as by trace(model.{parts[0] if parts else 'part'}, ..., prefix='{parts[0] if parts else 'part'}.'), or "
-            f"with leave_out={example!r}, the module that chooses; the rest takes plain steps",
-            stacklevel=4,
-        )
+def _trace_a_part(model: nn.Module, but: Collection[str] = ()) -> str:
+    parts = [part for part in _parts(model) if part not in but][:1]
+    return "".join(f"trace a part that does not, as by trace(model.{p}, ..., prefix='{p}.'), or " for p in parts)
+
+
+def _warn_of_choices(model: nn.Module, asks: Collection[_Call]) -> None:
+    lines = dict.fromkeys(call.line or call.name for call in asks)
+    choosing = [part for part in _parts(model) if any(call.module.partition(".")[0] == part for call in asks)]
+    leave_out = "".join(f"pass leave_out={part!r}, or " for part in choosing[:1])
+    warnings.warn(
+        f"the model asks for real values, at {', '.join(lines)}: they were those of a run on the example, and the "
+        "network holds while what depends on them is chosen alike. If it is not: "
+        f"{leave_out}{_trace_a_part(model, choosing)}pass network=. What is left out or outside takes plain steps",
+        stacklevel=4,
+    )
 
 
 def _lies_in(module: str, modules: Collection[str]) -> bool:
@@ -211,10 +224,10 @@ class _Run(Follow):
     """Records the calls of one pass, and what must be known in the end."""
 
     def __init__(
-        self, real: bool, originals: set[int], ghost: nn.Module, inputs: Arguments, nudged: bool = False
+        self, real: bool, originals: set[int], ghost: nn.Module, inputs: Arguments, nudge: float = 0.0
     ) -> None:
         super().__init__(real)
-        self.originals, self.nudged = originals, nudged
+        self.originals, self.nudge = originals, nudge
         self.calls: list[_Call] = []
         self.alive: list[Tensor] = []  # identities stay those of these tensors
         self.ends: list[Tensor] = []
@@ -225,12 +238,15 @@ class _Run(Follow):
         return [call.name for call in self.calls]
 
     def see(self, func: Callable[..., Any], args: Any, kwargs: Any, out: Any) -> None:
-        self.add(name_of(func), (args, kwargs), out)
+        name = name_of(func)
+        selects = name in SELECTING or (name == "where" and len(args) + len(kwargs) == 1)
+        asks = selects and self.kind(tensors_in((args, kwargs))[-1]) is Kind.REAL  # the mask is the last
+        self.add(name, (args, kwargs), out, "choice" if asks else "")
 
     def ask(self, func: Callable[..., Any], args: Any, kwargs: Any, out: Any) -> Any:
         asks = "choice" if isinstance(out, bool) else "number" if isinstance(out, float) else "data"
         self.add(name_of(func), (args, kwargs), None, asks)
-        return out * (1 + _NUDGE) + _NUDGE if self.nudged and isinstance(out, float) else out
+        return out + self.nudge * (out or 1.0) if isinstance(out, float) else out
 
     def add(self, name: str, given: Any, out: Any, asks: str = "") -> None:
         reads, results = tensors_in(given), tensors_in(out)
@@ -264,9 +280,10 @@ def _base(t: Tensor) -> Tensor:
     return t if t._base is None else t._base
 
 
-def _differ(one: _Run, other: _Run) -> bool:
-    """Whether the numbers that are asked for make a difference to the calls that follow."""
-    return [(c.name, c.numbers) for c in one.calls] != [(c.name, c.numbers) for c in other.calls]
+def _differ(run: _Run, nudged: _Run) -> bool:
+    """Whether numbers that are asked for go into the calls that follow. Other calls are another choice."""
+    same = run.names == nudged.names
+    return same and [call.numbers for call in run.calls] != [call.numbers for call in nudged.calls]
 
 
 def _live(run: _Run, used: Collection[int]) -> set[int]:

@@ -32,6 +32,8 @@ ASKING = {
     "__array__", "__bool__", "__complex__", "__contains__", "__float__", "__index__", "__int__", "allclose", "equal",
     "is_nonzero", "item", "numpy", "tolist",
 }
+# how much they give depends on values
+SELECTING = {"argwhere", "masked_select", "nonzero", "unique", "unique_consecutive"}
 # they take indices, whose values tell the shapes of what they select
 _INDEXING = {
     "__getitem__", "__setitem__", "_pack_padded_sequence", "embedding", "gather", "index_put", "index_put_",

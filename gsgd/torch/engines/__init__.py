@@ -13,10 +13,12 @@ from gsgd.network import Network
 from gsgd.torch.engines.array import ArrayEngine
 from gsgd.torch.engines.base import Engine, EngineName, Tensors
 from gsgd.torch.engines.core import CoreEngine
+from gsgd.torch.engines.sharded import ShardedEngine
+from gsgd.torch.shards import is_sharded
 
 __all__ = ["ArrayEngine", "CoreEngine", "Engine", "EngineName", "EngineOption", "Tensors", "check_engine", "choose"]
 
-EngineOption = Literal["auto"] | EngineName
+EngineOption = Literal["auto", "core", "array", "triton"]
 
 
 def check_engine(engine: EngineOption) -> EngineOption:
@@ -38,6 +40,10 @@ def choose(
     ValueError
         The parameters are on several devices, or the engine can't take them: it says why.
     """
+    if any(map(is_sharded, tensors.values())):
+        if engine != "auto":
+            raise ValueError(f"engine: expected 'auto' for sharded parameters, got {engine!r}")
+        return ShardedEngine(net, coordinates, tensors)
     devices = {p.device for p in tensors.values()}
     if len(devices) > 1:
         raise ValueError(f"expected all parameters on one device, got {sorted(map(str, devices))}")

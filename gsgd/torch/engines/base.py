@@ -13,7 +13,7 @@ from gsgd.network import Network
 from gsgd.optimizer import Stats
 
 Tensors: TypeAlias = list[Tensor | None]
-EngineName = Literal["core", "array", "triton"]
+EngineName = Literal["core", "array", "triton", "sharded"]
 
 
 class Engine:
