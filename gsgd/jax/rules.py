@@ -108,7 +108,7 @@ def gather(
     last = [nodes.shape[d] - slice_sizes[d] for d in moved]
     if places is None or batch or (places < 0).any() or (places > last).any():
         places = None
-        nodes = run.on.one(nodes, [d for d, n in enumerate(slice_sizes) if n != nodes.shape[d] or d in batch])
+        nodes = run.on.equal_along(nodes, [d for d, n in enumerate(slice_sizes) if n != nodes.shape[d] or d in batch])
     nodes = compact(nodes)[0]
     window = [d for d in range(nodes.ndim) if d not in (*dims.collapsed_slice_dims, *batch)]
     offsets = dict(zip(window, dims.offset_dims, strict=True))
@@ -228,7 +228,9 @@ def reduce(run: Run, shape: tuple[int, ...], x: int, *, axes: Any, **_: Any) -> 
 def slice_positions(run: Run, shape: tuple[int, ...], x: int, *_: int, slice_sizes: Any) -> Nodes:
     """Some positions, wherever they are."""
     nodes = run.nodes(x)
-    return np.broadcast_to(run.on.one(nodes, [d for d, n in enumerate(slice_sizes) if n != nodes.shape[d]]), shape)
+    return np.broadcast_to(
+        run.on.equal_along(nodes, [d for d, n in enumerate(slice_sizes) if n != nodes.shape[d]]), shape
+    )
 
 
 def add(run: Run, shape: tuple[int, ...], a: int, b: int) -> Nodes:

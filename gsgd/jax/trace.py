@@ -119,28 +119,29 @@ class _Describe:
         shapes = [x.shape for x in closed.in_avals]
         given = int(self.net.input(1).per_feature[0])
         blank = [np.empty(s, np.int8) for s in shapes[: len(params)]]
-        arguments = [self.know(Parameter(n, a, a)) for n, a in zip(params, blank, strict=True)]
-        arguments += [self.know(np.broadcast_to(given, s)) for s in shapes[len(params) :]]
+        arguments = [self.number(Parameter(n, a, a)) for n, a in zip(params, blank, strict=True)]
+        arguments += [self.number(np.broadcast_to(given, s)) for s in shapes[len(params) :]]
         steps: list[Step] = []
         outputs = self.write_out(closed.jaxpr, closed.consts, arguments, steps)
         self.reads = Counter(i for step in steps for i in step.reads) + Counter(outputs)
         for step in steps:
-            self.see(step)
+            self.apply_rule(step)
         for i in outputs:
-            self.ends(i, "the output")
+            self.note_reader(i, "the output")
             self.on.pin(self.nodes(i), "network output")
         self.net.pin_unmet()
 
     # the jaxpr
 
-    def know(self, value: Nodes | Parameter) -> int:
+    def number(self, value: Nodes | Parameter) -> int:
+        """Values are numbered as they are made."""
         self.values.append(value)
         return len(self.values) - 1
 
-    def know_constant(self, value: Any) -> int:
+    def number_constant(self, value: Any) -> int:
         """A number, or an array that the function closes over: a running mean, say, that is 0 only at first."""
         number = not np.shape(value) and jnp.issubdtype(jnp.result_type(value), np.number)
-        i = self.know(self.on.zero(()) if number and not np.any(value) else self.on.fill(np.shape(value)))
+        i = self.number(self.on.zero(()) if number and not np.any(value) else self.on.fill(np.shape(value)))
         if _counts(jnp.result_type(value)) and not isinstance(value, jax.core.Tracer):
             self.known[i] = np.asarray(value)
         return i
@@ -148,22 +149,22 @@ class _Describe:
     def write_out(self, jaxpr: Jaxpr, consts: Sequence[Any], arguments: Sequence[int], to: list[Step]) -> list[int]:
         """Add the equations of `jaxpr` with calls written out; what it returns."""
         known: dict[Var, int] = dict(zip(jaxpr.invars, arguments, strict=True))
-        known.update(zip(jaxpr.constvars, map(self.know_constant, consts), strict=True))
+        known.update(zip(jaxpr.constvars, map(self.number_constant, consts), strict=True))
 
-        def number(v: Var | Literal) -> int:
-            return self.know_constant(v.val) if isinstance(v, Literal) else known[v]
+        def number_of(v: Var | Literal) -> int:
+            return self.number_constant(v.val) if isinstance(v, Literal) else known[v]
 
         for equation in jaxpr.eqns:
-            reads = [number(v) for v in equation.invars]
+            reads = [number_of(v) for v in equation.invars]
             called = _called(equation)
             if called is None:
-                # nodes are found when the step is seen
-                makes = [self.know(self.on.fill(())) for _ in equation.outvars]
+                # nodes are found when its rule is applied
+                makes = [self.number(self.on.fill(())) for _ in equation.outvars]
                 to.append(Step(equation, tuple(reads), tuple(makes)))
             else:
                 makes = self.write_out(called.jaxpr, called.consts, reads, to)
             known.update(zip(equation.outvars, makes, strict=True))
-        return [number(v) for v in jaxpr.outvars]
+        return [number_of(v) for v in jaxpr.outvars]
 
     # values
 
@@ -184,7 +185,7 @@ class _Describe:
     def operand(self, i: int) -> Operand:
         return Operand(self.nodes(i), self.weight(i))
 
-    def ends(self, i: int, reader: str) -> None:
+    def note_reader(self, i: int, reader: str) -> None:
         """If value `i` is a parameter, it is one no more: `reader` describes it, or is the reason that nothing does."""
         value, times = self.values[i], self.reads[i]
         if isinstance(value, Parameter):
@@ -193,7 +194,7 @@ class _Describe:
 
     # primitives
 
-    def see(self, step: Step) -> None:
+    def apply_rule(self, step: Step) -> None:
         shapes, reason = [value.shape for value in step.made], step.label
         try:
             if step.equation.primitive.name not in RULES:
@@ -202,14 +203,14 @@ class _Describe:
         except NotUnderstood as why:
             reason = f"{step.label}: {why}".removesuffix(": ")
             reads = [self.nodes(i) for i in step.reads]
+            constant = all(map(self.on.is_constant, reads))
             for nodes in reads:
                 self.on.pin(nodes, reason)
-            free = all(map(self.on.is_constant, reads))
-            node = None if free else int(self.net.input(1, reason).per_feature[0])
+            node = None if constant else int(self.net.input(1, reason).per_feature[0])
             made = [self.on.fill(shape, node) for shape in shapes]
         if not any(isinstance(value, Parameter) for value in made):
             for i in step.reads:
-                self.ends(i, reason)
+                self.note_reader(i, reason)
         for i, value, shape in zip(step.makes, made, shapes, strict=True):
             if isinstance(value, Parameter):
                 self.values[i] = value

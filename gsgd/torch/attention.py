@@ -29,7 +29,7 @@ def attention(
     for t in (query, key, attn_mask):
         if t is not None:
             run.on.pin(run.nodes(t), f"{run.current}: as its weights")
-    nodes = run.on.one(run.nodes(value), [value.ndim - 2])
+    nodes = run.on.equal_along(run.nodes(value), [value.ndim - 2])
     if enable_gqa:
         nodes = np.repeat(nodes, query.shape[-3] // value.shape[-3], axis=-3)
     return np.broadcast_to(nodes, out.shape)

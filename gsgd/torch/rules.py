@@ -110,6 +110,13 @@ def set_item(run: Run, out: None, x: Tensor, index: Any, value: Any) -> list[Nod
     return []
 
 
+def glu(run: Run, out: Tensor, x: Tensor, dim: int = -1) -> Nodes:
+    """One half, times a sigmoid of the other."""
+    value, gate = np.split(run.nodes(x), 2, axis=dim)
+    run.on.pin(gate, f"{run.current}: as its gate")
+    return value
+
+
 def threshold(run: Run, out: Tensor, x: Tensor, threshold: Any, value: Any, inplace: bool = False) -> Nodes:
     if threshold != 0 or value != 0:
         raise NotUnderstood
@@ -181,6 +188,7 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(("eq", "ge", "greater", "greater_equal", "gt", "le", "less", "less_equal", "lt", "ne", "not_equal"),
                     _made(compare)),
     **dict.fromkeys(("isfinite", "isinf", "isnan", "sgn", "sign", "signbit"), _made(unchanged)),
+    "glu": _made(glu),
     "where": _made(where),
     "group_norm": _made(norms.group_norm),
     "instance_norm": _made(norms.instance_norm),

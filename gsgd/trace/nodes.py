@@ -77,7 +77,7 @@ class Algebra:
             nodes = first
         return nodes
 
-    def one(self, nodes: Nodes, dims: Iterable[int], otherwise: str = "among features") -> Nodes:
+    def equal_along(self, nodes: Nodes, dims: Iterable[int], otherwise: str = "among features") -> Nodes:
         """`nodes` with extent 1 along `dims`, which must be positions: one unit stands along them."""
         for d in dims:
             if nodes.strides[d] and nodes.shape[d] > 1:
