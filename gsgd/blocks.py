@@ -138,7 +138,11 @@ class Part:
 
 @dataclass(frozen=True, eq=False)
 class Layer:
-    """A parameter as it was described: one part, or one per segment of the features that a dense weight reads."""
+    """A parameter as it was described.
+
+    Its parts lie side by side along one axis: one per segment of the features that a dense weight reads, per head, or
+    per projection of a fused matrix; most often there is one.
+    """
 
     name: str
     kind: str
