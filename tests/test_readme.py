@@ -1,11 +1,16 @@
 """The code in README and in the documentation runs: a page's blocks of a language, in order, are one program."""
 
+import ast
+import inspect
 import re
 import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
+import torch
+
+import gsgd.torch
 
 ROOT = Path(__file__).parents[1]
 HOWTO = ROOT / "docs" / "howto" / "index.md"
@@ -27,6 +32,25 @@ def test_python_of_a_page_runs(page: Path) -> None:
     if "import skorch" in program(page):
         pytest.importorskip("skorch")
     exec(compile(program(page), str(page), "exec"), {"__name__": "page"})
+
+
+def test_defaults_on_the_page_about_moving_are_those_of_both_sides() -> None:
+    sides: list[inspect.Signature] = []
+    compared = 0
+    for row in re.findall(r"^\|(.*)\|$", (ROOT / "docs" / "moving.md").read_text(), flags=re.M):
+        cells = [cell.strip(" *") for cell in row.split("|")]
+        if re.fullmatch(r"`torch\.optim\.\w+`", cells[0]):
+            modules = {"torch": torch.optim, "gsgd": gsgd.torch}
+            sides = [
+                inspect.signature(getattr(modules[cell.strip("`").split(".")[0]], cell.strip("`").split(".")[-1]))
+                for cell in cells[:2]
+            ]
+        for signature, cell in zip(sides, cells, strict=False):
+            for name, value in re.findall(r"`(\w+)=([^`]+)`", cell):
+                if name in signature.parameters:  # others are among the options that are passed on
+                    assert signature.parameters[name].default == ast.literal_eval(value)
+                    compared += 1
+    assert compared > 15
 
 
 @pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "METHOD.md"])

@@ -52,8 +52,6 @@ REFUSED: dict[str, tuple[Callable[[nn.Module], Any], dict[str, Any], type[Except
         ValueError,
         r"'0.weight': the network expects shape \(4, 2\), got \(2, 4\)",
     ),
-    "integers": (lambda m: replace_first(m, torch.ones(4, 2, dtype=torch.int64)), {}, TypeError, "'0.weight'"),
-    "complex": (lambda m: replace_first(m, torch.ones(4, 2, dtype=torch.complex64)), {}, TypeError, "'0.weight'"),
     "sparse": (lambda m: replace_first(m, torch.eye(4)[:, :2].to_sparse()), {}, TypeError, "'0.weight'"),
     "no values": (lambda m: replace_first(m, torch.ones(4, 2, device="meta")), {}, TypeError, "'0.weight'"),
     "sharded": (
@@ -127,6 +125,15 @@ def test_frozen_integers_are_no_parameters_of_a_step() -> None:
     opt = GSGD(model)
     assert opt.network.num_units == 6
     assert "steps" not in opt.param_groups[0]["param_names"]
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.int64])
+def test_units_that_meet_what_is_no_real_number_are_pinned(dtype: torch.dtype) -> None:
+    model = mlp((2, 4, 5, 3))
+    network = gsgd.Network.sequential({name: p.shape for name, p in named(model)})
+    opt = GSGD(replace_first(model, torch.ones(4, 2, dtype=dtype)), network=network)
+    assert opt.network.num_units == 5
+    assert opt.network.shapes.keys() == network.shapes.keys() - {"0.weight"}
 
 
 def test_a_model_without_parameters_is_refused() -> None:

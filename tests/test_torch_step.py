@@ -18,6 +18,7 @@ from torch_models import (
     example,
     make,
     momenta,
+    named,
     train,
     views,
     weights,
@@ -290,3 +291,38 @@ def test_a_late_gradient_has_its_own_bias_correction(engine: str) -> None:
         adam.step()
     for (_, p), q in zip((one, late), own, strict=True):
         torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("method", "own"),
+    [
+        (GSGD, lambda p: torch.optim.SGD(p, 0.1, momentum=0.9, weight_decay=0.1)),
+        (GAdam, lambda p: torch.optim.AdamW(p, 0.1, weight_decay=0.1)),
+        (GRMSprop, lambda p: torch.optim.RMSprop(p, 0.1, momentum=0.9, weight_decay=0.1)),
+    ],
+)
+def test_complex_parameters_take_torch_s_steps_and_integers_stay(engine: str, method: Any, own: Any) -> None:
+    """Beside the network; a complex gradient may be a conjugate view. Memory may be replaced between steps."""
+    model = mlp((4, 6, 3)).double()
+    values = torch.randn(3, 2, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    number, theirs = (nn.Parameter(torch.view_as_complex(values.clone())) for _ in range(2))
+    counts = nn.Parameter(torch.tensor([1, 2]), requires_grad=False)
+    flags = nn.Parameter(torch.tensor([True]), requires_grad=False)
+    beside = [("number", number), ("counts", counts), ("flags", flags)]
+    momentum = {} if method is GAdam else {"momentum": 0.9}
+    opt = method([*named(model), *beside], 0.1, weight_decay=0.1, network=trace(model), **momentum)
+    plain = own([theirs])
+    for step in range(4):
+        if step == 2:
+            number.data = number.data.clone()
+            opt.load_state_dict(copy.deepcopy(opt.state_dict()))
+        opt.zero_grad()
+        model(torch.ones(2, 4).double()).square().sum().backward()
+        grad = torch.view_as_complex(values + step)
+        number.grad, theirs.grad = grad.conj() if step % 2 else grad, grad.conj().resolve_conj() if step % 2 else grad
+        opt.step()
+        plain.step()
+    torch.testing.assert_close(number, theirs, rtol=1e-12, atol=1e-12)
+    assert (counts.tolist(), flags.tolist()) == ([1, 2], [True])
+    assert not opt.state[counts]
+    assert not opt.state[flags]

@@ -19,7 +19,7 @@ from gsgd.optimizer import Stats
 from gsgd.options import OptionArguments, Options, limit
 from gsgd.skeleton import Skeleton
 from gsgd.threads import usable_threads
-from gsgd.torch.engines import Engine, EngineName, EngineOption, Tensors, check_engine, choose
+from gsgd.torch.engines import Engine, EngineName, EngineOption, Tensors, as_real, check_engine, choose
 from gsgd.torch.parameters import EXPECTED, Closure, Owner, Params, named_network, refuse_unsupported
 from gsgd.torch.shard_coordinates import find_coordinates
 from gsgd.torch.shards import Shards, is_sharded, local
@@ -81,6 +81,7 @@ class _PathOptimizer(torch.optim.Optimizer):
             params, network, example_inputs, leave_out=leave_out, residual=residual, batch_norm=batch_norm
         )
         self._engine: Engine | None = None
+        self._count_of_params = 0
         self._plan: Any = None
         self._seen: tuple[int, ...] = ()
         self._stats = Stats()
@@ -94,7 +95,8 @@ class _PathOptimizer(torch.optim.Optimizer):
             first, other = next(iter(network.shapes)), next(iter(tensors))
             raise ValueError(f"params: expected names of the network, like {first!r}, got names like {other!r}")
         fixed = [n for n in network.shapes if n not in tensors or not tensors[n].requires_grad]
-        self.network = network.without(fixed, "not trained")
+        network = network.without(fixed, "not trained")
+        self.network = network.without([n for n in network.shapes if tensors[n].is_complex()], "complex")
         self.network.add_plain(n for n in tensors if n not in network.shapes)
         if not self.network.num_units:
             warnings.warn("no unit was found that can be rescaled: every step is a plain one", stacklevel=3)
@@ -108,7 +110,7 @@ class _PathOptimizer(torch.optim.Optimizer):
 
     def _values(self) -> dict[str, NDArray[Any]]:
         """The weights as float32 or float64 arrays; of sharded ones what is here."""
-        tensors = {name: local(p).cpu() for name, p in self._tensors().items()}
+        tensors = {name: as_real(local(p)).cpu() for name, p in self._tensors().items()}
         return {n: (a if a.dtype == torch.float64 else a.float()).numpy() for n, a in tensors.items()}
 
     def _find_coordinates(self) -> Skeleton | None:
@@ -149,7 +151,9 @@ class _PathOptimizer(torch.optim.Optimizer):
         return self._current_engine().name
 
     def __repr__(self) -> str:
-        return super().__repr__().replace("(", f"(\nengine: {self.engine}", 1)
+        engine = self._current_engine()
+        why = f" ({engine.why})" if engine.why else ""
+        return super().__repr__().replace("(", f"(\nengine: {engine.name}{why}", 1)
 
     # parameters by name
 
@@ -173,8 +177,12 @@ class _PathOptimizer(torch.optim.Optimizer):
             raise
 
     def _tensors(self) -> dict[str, Tensor]:
-        """All parameters by name: those of the network in its order, then the others."""
-        tensors = {n: p for g in self.param_groups for n, p in zip(g["param_names"], g["params"], strict=True)}
+        """All parameters by name: those of the network in its order, then the others.
+
+        Without integers and booleans: these have no gradients, and stay.
+        """
+        named = ((n, p) for g in self.param_groups for n, p in zip(g["param_names"], g["params"], strict=True))
+        tensors = {n: p for n, p in named if p.is_floating_point() or p.is_complex()}
         known = self.network.shapes if hasattr(self, "network") else {}
         for name in known:
             if name not in tensors:
@@ -188,11 +196,11 @@ class _PathOptimizer(torch.optim.Optimizer):
     def _current_engine(self) -> Engine:
         engine = self._engine
         count = sum(len(g["params"]) for g in self.param_groups)
-        if engine is None or count != len(engine.params) or not engine.is_current():
+        if engine is None or count != self._count_of_params or not engine.is_current():
             plan, self._plan = self._plan, None
             engine = self._engine = self._make_engine(self._coordinates, plan)
             group_of = {p: i for i, g in enumerate(self.param_groups) for p in g["params"]}
-            self._group_of = [group_of[p] for p in engine.params]
+            self._group_of, self._count_of_params = [group_of[p] for p in engine.params], count
             for p in engine.params:
                 state = self.state.get(p, {})
                 state.update({n: state[n].to(p) for n in self.moments if state.get(n) is not None})
@@ -204,6 +212,7 @@ class _PathOptimizer(torch.optim.Optimizer):
     def step(self, closure: None = None) -> None: ...
     @overload
     def step(self, closure: Closure) -> Any: ...
+    @torch._disable_dynamo  # type: ignore[attr-defined]  # torch.compiler.disable imports the compiler at once
     @torch.no_grad()
     def step(self, closure: Closure | None = None) -> Any:
         """Update the parameters; `closure`, if given, is called first and its loss returned."""
@@ -219,7 +228,7 @@ class _PathOptimizer(torch.optim.Optimizer):
         if settles:
             self._settle()
         engine = self._current_engine()
-        gradients = [p.grad for p in engine.params]
+        gradients = engine.as_reals([p.grad for p in engine.params])
         if any(g is None for g in gradients):
             self._warn_of_frozen(engine)
         maximize = [g["maximize"] for g in self.param_groups]
@@ -229,16 +238,16 @@ class _PathOptimizer(torch.optim.Optimizer):
         methods, which = self._methods(engine, gradients)
         first, second = self.moments
         moments = (
-            self._moments(engine.params, first, [o.has_m for o in methods], which),
-            self._moments(engine.params, second, [o.has_v for o in methods], which),
+            engine.as_reals(self._moments(engine.params, first, [o.has_m for o in methods], which)),
+            engine.as_reals(self._moments(engine.params, second, [o.has_v for o in methods], which)),
         )
         if not settles:
-            self._count(engine.params, [None] * len(gradients))
+            self._count(engine, [None] * len(gradients))
             return loss
         threads = usable_threads(self._options.threads or torch.get_num_threads())
         limits = (limit(self._options.max_ratio), limit(self._options.clip_norm))
         engine.step(gradients, moments, methods, which, limits, threads, self._stats)
-        self._count(engine.params, gradients)
+        self._count(engine, gradients)
         if is_due(self._stats.steps):
             self._join()
         return loss
@@ -306,7 +315,7 @@ class _PathOptimizer(torch.optim.Optimizer):
         """Hyperparameters, and which of them are those of each parameter."""
         return [self._method(g) for g in self.param_groups], self._group_of
 
-    def _count(self, params: list[Tensor], gradients: Tensors) -> None:
+    def _count(self, engine: Engine, gradients: Tensors) -> None:
         """Note that a step was taken."""
 
     def _moments(self, params: list[Tensor], name: str, has: list[bool], which: list[int]) -> Tensors:
@@ -324,12 +333,14 @@ class _PathOptimizer(torch.optim.Optimizer):
     # state
 
     def state_dict(self) -> dict[str, Any]:
-        """As of every optimizer, with the skeleton and the reference scale as "gsgd" in the first param group."""
+        """As of every optimizer, with the skeleton, the reference scale and counts as "gsgd" in the first param group.
+
+        With H = ``network.num_units``: "in_edges" and "out_edges" of shape (H, 2); "in_weights", "out_weights" and "c"
+        of shape (H,), see `gsgd.coordinates.Coordinates`. Moments are shaped as their parameters.
+        """
         coordinates = {name: torch.from_numpy(x) for name, x in self._coordinates.save().items()}
-        self.param_groups[0]["gsgd"] = {
-            **coordinates,
-            **asdict(self.stats),
-        }  # hooks see it, and checkpoints that know groups only
+        # in a group, where hooks see it and distributed checkpoints keep it
+        self.param_groups[0]["gsgd"] = {**coordinates, **asdict(self.stats)}
         try:
             return super().state_dict()
         finally:
@@ -517,6 +528,12 @@ class GAdam(_PathOptimizer):
 
     def _methods(self, engine: Engine, gradients: Tensors) -> tuple[list[Method], list[int]]:
         """The bias corrections are of the number of steps that a parameter itself has taken."""
+        if engine.steps_taken is not None:
+            for p, taken in zip(engine.params, engine.steps_taken, strict=True):
+                if (known := self.state[p].get("step")) is not taken:
+                    taken.fill_(0 if known is None else known)
+                    self.state[p]["step"] = taken
+            return super()._methods(engine, gradients)
         place: dict[tuple[int, int], int] = {}
         which = []
         for p, g, group in zip(engine.params, gradients, self._group_of, strict=True):
@@ -525,8 +542,10 @@ class GAdam(_PathOptimizer):
         own = [self._method(g) for g in self.param_groups]
         return [own[group].at(step) for group, step in place], which
 
-    def _count(self, params: list[Tensor], gradients: Tensors) -> None:
-        for p, g in zip(params, gradients, strict=True):
+    def _count(self, engine: Engine, gradients: Tensors) -> None:
+        if engine.steps_taken is not None:
+            return
+        for p, g in zip(engine.params, gradients, strict=True):
             self.state[p]["step"] = int(self.state[p].get("step", 0)) + (g is not None)
 
 

@@ -26,8 +26,8 @@ def refuse_unsupported(name: str, p: Tensor) -> None:
         raise TypeError(
             f"parameter {name!r} is a FlatParameter of FullyShardedDataParallel, which mixes layers: use fully_shard"
         )
-    if p.is_sparse or not p.is_floating_point() or p.device.type == "meta":
-        raise TypeError(f"parameter {name!r}: expected a dense floating-point tensor, got {p.dtype} on {p.device}")
+    if p.is_sparse or p.device.type == "meta":
+        raise TypeError(f"parameter {name!r}: expected a dense tensor with values, got {p.layout} on {p.device}")
 
 
 def named_network(params: Params, network: Network | None, example_inputs: Any, **tracing: Any) -> tuple[Any, Network]:

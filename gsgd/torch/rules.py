@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from gsgd.blocks import Dim, Part
 from gsgd.network import BatchNormMode, Features
 from gsgd.torch.follow import name_of
-from gsgd.torch.values import Kind, is_continuous, tensors_in
+from gsgd.torch.values import LIKE, Kind, is_continuous, tensors_in
 from gsgd.trace import rules
 from gsgd.trace.nodes import Algebra, Nodes, NotUnderstood, along, compact
 from gsgd.trace.rules import Operand
@@ -334,10 +334,6 @@ def make(run: Run, out: Tensor, *_: Any, **options: Any) -> Nodes:
     return run.on.fill(out.shape)
 
 
-def zeros(run: Run, out: Tensor, *_: Any, **options: Any) -> Nodes:
-    return run.on.zero(out.shape)
-
-
 def prelu(run: Run, out: Tensor, x: Tensor, weight: Tensor) -> Nodes:
     run.on.pin(run.nodes(weight), f"{run.current}: as its slope")
     return run.nodes(x)
@@ -608,11 +604,7 @@ RULES: dict[str, Rule] = {
         for more in ("", "_with_indices")
     },
     # of an argument only its shape and dtype are used
-    **dict.fromkeys((
-        "empty_like", "full_like", "new_empty", "new_full", "new_ones", "ones_like", "rand_like", "randint_like",
-        "randn_like",
-    ), _made(make)),
-    **dict.fromkeys(("new_zeros", "zeros_like"), _made(zeros)),
+    **dict.fromkeys(LIKE - {"new_tensor"}, _made(make)),
     # each element of the result is an element of an argument
     **dict.fromkeys((
         "T", "__getitem__", "broadcast_to", "cat", "channel_shuffle", "chunk", "concat", "concatenate", "dsplit",

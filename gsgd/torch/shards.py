@@ -44,12 +44,15 @@ class Shards:
     Raises
     ------
     ValueError
-        The parameters lie on more than one device mesh, or some wait for a reduction.
+        The parameters lie on more than one device mesh, some wait for a reduction, or are complex.
     """
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         sharded = {name: p for name, p in tensors.items() if isinstance(p, DTensor)}
         self.mesh: DeviceMesh = max((p.device_mesh for p in sharded.values()), key=lambda mesh: mesh.ndim)
+        for name, p in tensors.items():
+            if p.is_complex():
+                raise ValueError(f"parameter {name!r}: complex parameters are not supported beside sharded ones")
         for name, p in sharded.items():
             if p.device_mesh != self.mesh and not {*_names(p.device_mesh)} <= {*_names(self.mesh)}:
                 raise ValueError(

@@ -62,11 +62,11 @@ class ShardedEngine(Engine):
     def local_gradients(self, gradients: Tensors) -> Tensors:
         """What is here of gradients, cut as their parameters are."""
         found: Tensors = []
-        for p, g in zip(self.params, self.checked(gradients), strict=True):
+        for p, g in zip(self.params, gradients, strict=True):
             if isinstance(p, DTensor) and isinstance(g, DTensor) and g.placements != p.placements:
                 g = g.redistribute(placements=p.placements)
             found.append(None if g is None else local(g))
-        return found
+        return self.checked(found)
 
     def step(
         self,
