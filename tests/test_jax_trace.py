@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random as python_random
 from collections.abc import Callable
 from typing import Any
 
@@ -422,3 +423,17 @@ def test_an_omitted_bias_that_is_zero_is_found() -> None:
         else:
             with pytest.raises(gsgd.jax.SymmetryError, match="written by 'a'"):
                 gsgd.jax.verify(apply, params, net, x)
+
+
+def test_random_numbers_of_python_and_numpy_are_seeded() -> None:
+    def apply(p: Any, x: Any) -> Any:
+        x = x * np.random.uniform(0.5, 1, 4) * python_random.uniform(0.5, 1)  # noqa: NPY002
+        return jax.nn.relu(x @ p["a"]) @ p["b"]
+
+    draw = np.random.default_rng(0).standard_normal
+    params, x = {"a": draw((4, 8)), "b": draw((8, 2))}, draw((16, 4))
+    net = gsgd.jax.trace(apply, params, x)
+    assert net.num_units == 8
+    states = (python_random.getstate(), np.random.get_state()[2])  # noqa: NPY002
+    gsgd.jax.verify(apply, params, net, x)
+    assert states == (python_random.getstate(), np.random.get_state()[2])  # noqa: NPY002

@@ -20,9 +20,10 @@ from gsgd.options import OptionArguments, Options, limit
 from gsgd.skeleton import Skeleton
 from gsgd.threads import usable_threads
 from gsgd.torch.engines import Engine, EngineName, EngineOption, Tensors, as_real, check_engine, choose
-from gsgd.torch.parameters import EXPECTED, Closure, Params, named_network, refuse_unsupported
+from gsgd.torch.parameters import EXPECTED, Closure, Owner, Params, named_network, refuse_unsupported
 from gsgd.torch.shard_coordinates import find_coordinates
 from gsgd.torch.shards import Shards, is_sharded, local
+from gsgd.waiting import is_due, join
 
 
 def _in_order_of(group: dict[str, Any], names: list[str]) -> dict[str, Any]:
@@ -75,6 +76,7 @@ class _PathOptimizer(torch.optim.Optimizer):
         **options: Unpack[OptionArguments],
     ) -> None:
         self._options, self._engine_option = Options(**options), check_engine(engine)
+        self._owner = Owner(params) if isinstance(params, nn.Module) else None
         named, network = named_network(
             params, network, example_inputs, leave_out=leave_out, residual=residual, batch_norm=batch_norm
         )
@@ -100,7 +102,7 @@ class _PathOptimizer(torch.optim.Optimizer):
             warnings.warn("no unit was found that can be rescaled: every step is a plain one", stacklevel=3)
         skeleton = self._find_coordinates()  # refuses what makes no trees
         if skeleton is not None:
-            skeleton.warn_of_pinned()
+            skeleton.warn_of_pinned(waiting=True)
         self._current_engine()  # refuses what no step can be taken on
         if self._options.scale == "ones" and skeleton is not None:
             with torch.no_grad():
@@ -234,6 +236,8 @@ class _PathOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if self._owner is not None and self._owner.has_changed():
+            self._leave_out(self._owner.lost(self._tensors()))
         if all(p.grad is None for g in self.param_groups for p in g["params"]):
             return loss
         settles = not self._is_rehearsal()
@@ -260,7 +264,41 @@ class _PathOptimizer(torch.optim.Optimizer):
         limits = (limit(self._options.max_ratio), limit(self._options.clip_norm))
         engine.step(gradients, moments, methods, which, limits, threads, self._stats)
         self._count(engine, gradients)
+        if is_due(self._stats.steps):
+            self._join()
         return loss
+
+    def _join(self) -> None:
+        """Give coordinates to units that waited for weights which were 0 at the start."""
+        tensors = self._tensors()
+        if (self._coordinates.in_edges[:, 0] >= 0).all() or any(map(is_sharded, tensors.values())):
+            return
+        joined = join(self.network, self._values(), self._coordinates, self._options.rule)
+        if joined is None:
+            return
+        self._coordinates, units = joined
+        self._engine = None
+        for edges in self._coordinates.edges:  # their moments were of other coordinates
+            for k, entry in edges[units].tolist():
+                block = self.network.blocks[k]
+                state = self.state.get(tensors[block.name], {})
+                for moment in (state[name] for name in self.moments if state.get(name) is not None):
+                    moment[block.index(entry)] = 0
+
+    def _leave_out(self, lost: list[str]) -> None:
+        """Parameters that are no longer the model's take no part any more, nor their units."""
+        if not lost:
+            return
+        warnings.warn(
+            f"{', '.join(lost[:3])}{', ...' if len(lost) > 3 else ''}: no longer a parameter of the model, since a "
+            "module or a parameter was replaced. What replaced it is not trained: make a new optimizer",
+            stacklevel=4,
+        )
+        self.network = self.network.without(
+            [name for name in lost if name in self.network.shapes], "no longer the model's"
+        )
+        self.network.add_plain(lost)
+        self._find_coordinates()
 
     def _is_rehearsal(self) -> bool:
         """Whether a step makes the state and does nothing else: before there is one, torch's checkpoints take such.
@@ -380,7 +418,7 @@ class _PathOptimizer(torch.optim.Optimizer):
         for group in self.param_groups:
             for name in (*self.method.names(), "maximize"):  # a state of another optimizer may lack some
                 group.setdefault(name, self.defaults[name])
-        self._engine, self._plan, self._seen = None, None, ()
+        self._engine, self._plan, self._seen, self._owner = None, None, (), None
 
 
 class GSGD(_PathOptimizer):
