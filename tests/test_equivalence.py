@@ -104,6 +104,13 @@ def test_largest_magnitudes_become_equal(model: Model, seed: int) -> None:
     np.testing.assert_allclose(largest[0, :-1][alive], largest[1, :-1][alive], rtol=1e-5)
 
 
+def test_weights_at_right_angles_are_not_equivalent() -> None:
+    """The fitted scale is 0, from which no other follows."""
+    params = {"a": np.array([[1.0, 1.0]]), "b": np.array([[1.0]]), "c": np.array([[1.0]])}
+    with pytest.raises(gsgd.NotEquivalent, match="'a' into unit"):
+        gsgd.equivalence(params, {**params, "a": np.array([[1.0, -1.0]])}, gsgd.Network.sequential(params))
+
+
 def test_norm_is_checked() -> None:
     model = mlp(2, 3, 2)
     with pytest.raises(ValueError, match="norm: expected 2 or 'max', got 1"):
