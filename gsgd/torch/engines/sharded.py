@@ -83,7 +83,7 @@ class ShardedEngine(Engine):
         total = self.shards.total(torch.cat([*(x.reshape(-1) for x in per_unit.values()), unfit]))
         parts = torch.split(total[:-1], [x.numel() for x in per_unit.values()])
         sums = {name: part.reshape(x.shape) for (name, x), part in zip(per_unit.items(), parts, strict=True)}
-        return replace(found, **sums, largest=torch.where(total[-1] == 0, 0.0, torch.inf))
+        return replace(found, **sums, largest=torch.where(total[-1:] == 0, 0.0, torch.inf))
 
     def step(
         self,
