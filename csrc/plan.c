@@ -45,7 +45,7 @@ static gsgd_status take_block(block *to, const gsgd_block *from, ptrdiff_t units
         to->gathers |= from->col_unit[j] != GSGD_PINNED;
     ptrdiff_t lines = num_cols * to->taps, gathered = to->gathers ? lines : 0;
     ptrdiff_t places = to->taps > 1 ? to->cols * to->taps : 0;
-    to->row_unit = malloc((size_t)(num_rows + 2 * num_cols + 1) * sizeof(int64_t));
+    to->row_unit = malloc((size_t)(2 * num_rows + 3 * num_cols + 1) * sizeof(int64_t));
     to->column_sum = malloc((size_t)(4 * gathered + lines + 2 * num_rows + 1) * sizeof(double));
     to->place = calloc((size_t)(2 * places + 1), sizeof(ptrdiff_t));
     if (to->row_unit == NULL || to->column_sum == NULL || to->place == NULL)
@@ -53,6 +53,7 @@ static gsgd_status take_block(block *to, const gsgd_block *from, ptrdiff_t units
     to->unplace = to->place + places;
     to->col_unit = to->row_unit + num_rows;
     to->col_root = to->col_unit + num_cols;
+    to->given = to->col_root + num_cols;
     to->line_a = to->column_sum + gathered;
     to->line_inv_a = to->column_sum + 2 * gathered;
     to->line_inv_rho = to->column_sum + 3 * gathered;
@@ -66,6 +67,7 @@ static gsgd_status take_block(block *to, const gsgd_block *from, ptrdiff_t units
     for (ptrdiff_t i = 0; i < num_rows + num_cols; ++i)
         if (to->row_unit[i] < GSGD_PINNED || to->row_unit[i] >= units)
             return GSGD_BAD_BLOCK;
+    memcpy(to->given, to->row_unit, (size_t)(num_rows + num_cols) * sizeof(int64_t));
     return GSGD_OK;
 }
 

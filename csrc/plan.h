@@ -22,8 +22,9 @@ typedef struct {
     ptrdiff_t array, start;
     ptrdiff_t groups, rows, cols, taps; /* taps: of all three tap dimensions */
     int64_t *row_unit, *col_unit, *col_root;
-    int gathers; /* some source is a unit */
-    int counts;  /* no other shard counts the same entries */
+    int64_t *given; /* row_unit and col_unit before trees pinned units without edges */
+    int gathers;    /* some source is a unit */
+    int counts;     /* no other shard counts the same entries */
     union {
         view view[VIEWS];
         struct {

@@ -117,9 +117,18 @@ static void choose_tree(chooser *s, uint8_t *pinned, uint8_t *alive) {
     } while (pin_stuck(s, pinned, alive));
 }
 
+/* Forget which units the trees before had no edges for. */
+static void unpin(gsgd_plan *plan) {
+    for (ptrdiff_t k = 0; k < plan->blocks; ++k) {
+        block *b = &plan->block[k];
+        memcpy(b->row_unit, b->given, (size_t)(b->groups * (b->rows + b->cols)) * sizeof(int64_t));
+    }
+}
+
 void gsgd_choose_trees(gsgd_plan *plan, const gsgd_array *weights, gsgd_rule rule, const double *scale,
                        gsgd_edge *in, gsgd_edge *out) {
     gsgd_bind(plan, weights, VIEW_W);
+    unpin(plan);
     uint8_t *pinned = plan->active, *done = plan->in_is_free, *alive = (uint8_t *)plan->root;
     memset(pinned, 0, (size_t)plan->units);
     chooser s = {plan, rule, scale, done, in, GSGD_ROW, GSGD_COL};
@@ -230,6 +239,7 @@ static gsgd_status take_trees(gsgd_plan *plan, int64_t *unit) {
 
 gsgd_status gsgd_set_trees(gsgd_plan *plan, const gsgd_edge *in, const gsgd_edge *out, uint8_t *free_in,
                            int64_t *unit) {
+    unpin(plan);
     for (int64_t u = 0; u < plan->units; ++u) {
         *unit = u;
         plan->active[u] = in[u].block >= 0;
@@ -261,6 +271,7 @@ gsgd_status gsgd_set_shard(gsgd_plan *plan, const gsgd_edge *in, const gsgd_edge
                            const int64_t *destination, const int64_t *in_array, const uint8_t *free_in,
                            const uint8_t *counts, int64_t *unit) {
     ptrdiff_t units = plan->units;
+    unpin(plan);
     for (int64_t u = 0; u < units; ++u)
         plan->active[u] = in_array[u] >= 0;
     for (int64_t u = 0; u < units; ++u) {

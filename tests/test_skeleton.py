@@ -124,6 +124,20 @@ def test_a_zero_weight_is_no_skeleton_weight(backend: str) -> None:
         assert sum(edge is None for edge in sk.in_edges) == 1
 
 
+@given(models(zeros=False), rules)
+def test_units_without_edges_are_forgotten_with_their_trees(backend: str, model: Model, rule: Rule) -> None:
+    """A plan that had trees of weights with zeros chooses and takes those of others as a new one does."""
+    params = model.copy()
+    for w in params.values():
+        w[model.rng.random(w.shape) < 0.4] = 0
+    weights, largest = list(model.params.values()), rule == "largest"
+    plan, fresh = (gsgd.Skeleton(model.net, p, backend=backend).plan for p in (params, model.params))
+    edges, expected = (p.choose_trees(weights, largest, None) for p in (plan, fresh))
+    np.testing.assert_array_equal(edges, expected)
+    plan = gsgd.Skeleton(model.net, params, backend=backend).plan
+    np.testing.assert_array_equal(plan.set_trees(*expected), fresh.set_trees(*expected))
+
+
 def test_depth_where_products_underflow(backend: str) -> None:
     """36 layers whose tree weights are 0.05: products of 1e-47 in float32, that only logarithms can tell."""
     model = mlp(*[3] * 37, bias=False)
