@@ -1,6 +1,8 @@
 # make demo     train on the digits: SGD and G-SGD, from a start and from a rescaled copy of it
 # make test     the C core under sanitizers (the same bits with and without OpenMP), then the Python suite and the
 #               notebooks on the installed package
+# make fuzz     the property tests on other random examples than make test's: minutes. It prints its seed first, and
+#               make fuzz SEED=... repeats it
 # make lint     ruff, mypy, clang-format, and the compiler with warnings as errors
 # make bench    the step against PyTorch's optimizers; make bench-training: whole training steps;
 #               make bench-scaling: construction and step against the number of weights
@@ -25,7 +27,7 @@ CORE_FLAGS := -std=c11 -g -O1 -ffp-contract=off -fno-math-errno -Wall -Wextra -W
 SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=all
 OPENMP := $(shell echo 'int main(void) { return 0; }' | $(CC) -fopenmp -x c -o /dev/null - 2>/dev/null && echo -fopenmp)
 
-.PHONY: demo test lint bench bench-training bench-scaling lib docs wheel valgrind sanitize clean
+.PHONY: demo test fuzz lint bench bench-training bench-scaling lib docs wheel valgrind sanitize clean
 
 demo: .venv/demo
 	$(BIN)/python -P -m gsgd.demo
@@ -37,6 +39,11 @@ test: .venv/dev build/core-sanitize build/core-sanitize-serial build/mlp build/d
 	build/mlp build/digits.bin
 	$(BIN)/pytest -q
 	GSGD_EPOCHS=2 $(BIN)/pytest -q --nbmake notebooks
+
+fuzz: SEED := $(shell od -An -N4 -tu4 /dev/urandom | tr -d ' ')
+fuzz: .venv/dev
+	@echo "make fuzz SEED=$(SEED)"
+	$(BIN)/pytest -q -m hypothesis --hypothesis-profile=random --hypothesis-seed=$(SEED)
 
 lint: .venv/dev
 	$(BIN)/ruff check

@@ -214,13 +214,13 @@ class Skeleton:
         reason = "no path of non-zero weights passes"
         return {self.net.units[u]: reason for u in np.flatnonzero(self.edge_arrays[0][:, 0] < 0)}
 
-    def warn_of_pinned(self) -> None:
+    def warn_of_pinned(self, waiting: bool = False) -> None:
         """Warn of units that the skeleton had to pin: training does not become free of their scale."""
         if self.pinned:
             some = ", ".join(list(self.pinned)[:3]) + (", ..." if len(self.pinned) > 3 else "")
+            how = "wait with plain steps until all their weights are non-zero" if waiting else "are pinned for good"
             warnings.warn(
-                f"{len(self.pinned)} units are pinned for good, since no path of non-zero weights passes them: {some}",
-                stacklevel=4,
+                f"{len(self.pinned)} units {how}, since no path of non-zero weights passes them: {some}", stacklevel=4
             )
 
     @property

@@ -114,7 +114,7 @@ def test_every_command_trains_every_method(command: Command, tmp_path: Path, nam
 def test_released_lines_describe_the_network_stage_by_stage(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(EXPERIMENTS))
     from architectures import CONV_NETS, ConvNet
-    from methods import paper_lines
+    from methods import Method, paper_lines, start
 
     import gsgd.torch
 
@@ -132,6 +132,13 @@ def test_released_lines_describe_the_network_stage_by_stage(monkeypatch: pytest.
         for net in nets[1:]:
             assert not {"conv1.weight", "fc.weight"} & set(net.shapes)
         assert not any("downsample" in parameter for parameter in nets[2].shapes)
+        starts = []
+        for trace in list(traced.values())[1:]:
+            torch.manual_seed(0)
+            model = ConvNet(blocks, 2, shortcut, 10)
+            start(model, Method("default", "SGD", skeleton="ones", trace=trace), torch.zeros(2, 3, 16, 16), 0)
+            starts.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+        assert torch.equal(*starts)
 
 
 @pytest.mark.parametrize("every", [0, 2])

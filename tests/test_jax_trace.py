@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random as python_random
 from collections.abc import Callable
 from typing import Any
 
@@ -111,7 +112,7 @@ def masked(p: Params, x: Any) -> Any:
     return jnp.where(h > 0, h, 0.1 * h) @ p["w2"]
 
 
-@jax.checkpoint  # type: ignore[untyped-decorator, unused-ignore]
+@jax.checkpoint
 def layer(w: Any, x: Any) -> Any:
     return jax.nn.relu(x @ w)
 
@@ -338,7 +339,7 @@ def test_a_wrong_network_is_caught() -> None:
         gjax.verify(cnn, params, wrong, images(4, 4, 4))
     net = gjax.trace(cnn, params, images(4, 4, 4))
 
-    @jax.custom_vjp  # type: ignore[untyped-decorator, unused-ignore]
+    @jax.custom_vjp
     def straight(h: Any) -> Any:
         return jax.nn.relu(h)
 
@@ -360,8 +361,8 @@ def test_a_wrong_network_is_caught() -> None:
 def test_flax() -> None:
     nn = pytest.importorskip("flax.linen", reason="Flax is not installed")
 
-    class Model(nn.Module):  # type: ignore[misc, name-defined, unused-ignore]
-        @nn.compact  # type: ignore[untyped-decorator, unused-ignore]
+    class Model(nn.Module):
+        @nn.compact
         def __call__(self, x: Any) -> Any:
             h = nn.relu(nn.Conv(4, (3, 3))(x))
             r = nn.relu(nn.BatchNorm(use_running_average=False)(nn.Conv(4, (3, 3))(h)))
@@ -422,3 +423,17 @@ def test_an_omitted_bias_that_is_zero_is_found() -> None:
         else:
             with pytest.raises(gsgd.jax.SymmetryError, match="written by 'a'"):
                 gsgd.jax.verify(apply, params, net, x)
+
+
+def test_random_numbers_of_python_and_numpy_are_seeded() -> None:
+    def apply(p: Any, x: Any) -> Any:
+        x = x * np.random.uniform(0.5, 1, 4) * python_random.uniform(0.5, 1)  # noqa: NPY002
+        return jax.nn.relu(x @ p["a"]) @ p["b"]
+
+    draw = np.random.default_rng(0).standard_normal
+    params, x = {"a": draw((4, 8)), "b": draw((8, 2))}, draw((16, 4))
+    net = gsgd.jax.trace(apply, params, x)
+    assert net.num_units == 8
+    states = (python_random.getstate(), np.random.get_state()[2])  # noqa: NPY002
+    gsgd.jax.verify(apply, params, net, x)
+    assert states == (python_random.getstate(), np.random.get_state()[2])  # noqa: NPY002

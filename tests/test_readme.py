@@ -28,10 +28,17 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("page", [p for p in PAGES if program(p)], ids=lambda p: str(p.relative_to(ROOT)))
-def test_python_of_a_page_runs(page: Path) -> None:
+def test_python_of_a_page_runs(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if "import skorch" in program(page):
         pytest.importorskip("skorch")
-    exec(compile(program(page), str(page), "exec"), {"__name__": "page"})
+    torchrun = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "RANK": "0", "WORLD_SIZE": "1"}
+    for name, value in torchrun.items():
+        monkeypatch.setenv(name, value)
+    try:
+        exec(compile(program(page), str(page), "exec"), {"__name__": "page"})
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
 
 
 def test_defaults_on_the_page_about_moving_are_those_of_both_sides() -> None:

@@ -11,7 +11,7 @@ import numpy as np
 
 from gsgd.jax.trace import names
 from gsgd.network import Network
-from gsgd.symmetry import Arrays, Probe, check, perturbed
+from gsgd.symmetry import Arrays, Probe, check, perturbed, seeded
 
 
 def verify(apply: Callable[..., Any], params: Any, net: Network, example: Any, seed: int = 0) -> None:
@@ -29,7 +29,7 @@ def verify(apply: Callable[..., Any], params: Any, net: Network, example: Any, s
         a function that casts to less can't be verified.
     net : Network
     seed : int
-        Of the factors and the functional.
+        Of the factors, the functional, and what `apply` draws from Python and NumPy.
 
     Raises
     ------
@@ -55,7 +55,8 @@ def verify(apply: Callable[..., Any], params: Any, net: Network, example: Any, s
         inputs = jax.tree.map(_double, args)
 
         def outputs(weights: Arrays) -> list[jax.Array]:
-            found = apply(structure.unflatten({**fixed, **weights}[name] for name in fixed), *inputs)
+            with seeded(seed):
+                found = apply(structure.unflatten({**fixed, **weights}[name] for name in fixed), *inputs)
             return [y for y in jax.tree.leaves(found) if jnp.issubdtype(jnp.result_type(y), jnp.inexact)]
 
         functional = [random.standard_normal(y.shape) for y in jax.eval_shape(outputs, weights)]

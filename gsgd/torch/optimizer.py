@@ -20,9 +20,10 @@ from gsgd.options import OptionArguments, Options, limit
 from gsgd.skeleton import Skeleton
 from gsgd.threads import usable_threads
 from gsgd.torch.engines import Engine, EngineName, EngineOption, Tensors, as_real, check_engine, choose
-from gsgd.torch.parameters import EXPECTED, Closure, Params, named_network, refuse_unsupported
+from gsgd.torch.parameters import EXPECTED, Closure, Owner, Params, named_network, refuse_unsupported
 from gsgd.torch.shard_coordinates import find_coordinates
 from gsgd.torch.shards import Shards, is_sharded, local
+from gsgd.waiting import is_due, join
 
 
 def _in_order_of(group: dict[str, Any], names: list[str]) -> dict[str, Any]:
@@ -75,6 +76,7 @@ class _PathOptimizer(torch.optim.Optimizer):
         **options: Unpack[OptionArguments],
     ) -> None:
         self._options, self._engine_option = Options(**options), check_engine(engine)
+        self._owner = Owner(params) if isinstance(params, nn.Module) else None
         named, network = named_network(
             params, network, example_inputs, leave_out=leave_out, residual=residual, batch_norm=batch_norm
         )
@@ -100,7 +102,7 @@ class _PathOptimizer(torch.optim.Optimizer):
             warnings.warn("no unit was found that can be rescaled: every step is a plain one", stacklevel=3)
         skeleton = self._find_coordinates()  # refuses what makes no trees
         if skeleton is not None:
-            skeleton.warn_of_pinned()
+            skeleton.warn_of_pinned(waiting=True)
         self._current_engine()  # refuses what no step can be taken on
         if self._options.scale == "ones" and skeleton is not None:
             with torch.no_grad():
@@ -156,7 +158,13 @@ class _PathOptimizer(torch.optim.Optimizer):
     # parameters by name
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group of named parameters. Those that the network did not know from the start take plain SGD steps."""
+        """Add a group of named parameters. Those that the network did not know from the start take plain SGD steps.
+
+        Raises
+        ------
+        TypeError, ValueError
+            As at construction; the group is not added.
+        """
         super().add_param_group(param_group)
         self._engine = None
         group = self.param_groups[-1]
@@ -213,11 +221,23 @@ class _PathOptimizer(torch.optim.Optimizer):
     @torch._disable_dynamo  # type: ignore[attr-defined]  # torch.compiler.disable imports the compiler at once
     @torch.no_grad()
     def step(self, closure: Closure | None = None) -> Any:
-        """Update the parameters; `closure`, if given, is called first and its loss returned."""
+        """Update the parameters; `closure`, if given, is called first and its loss returned.
+
+        Raises
+        ------
+        FloatingPointError
+            By the C core: a gradient or a path ratio is not finite. Other engines leave such a step out, and count it
+            in ``stats.skipped``.
+        TypeError, ValueError
+            A gradient is sparse, or of another dtype or shape than its parameter; a hyperparameter is out of its range.
+            The weights and the state stay as they were after every error.
+        """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if self._owner is not None and self._owner.has_changed():
+            self._leave_out(self._owner.lost(self._tensors()))
         if all(p.grad is None for g in self.param_groups for p in g["params"]):
             return loss
         settles = not self._is_rehearsal()
@@ -244,7 +264,41 @@ class _PathOptimizer(torch.optim.Optimizer):
         limits = (limit(self._options.max_ratio), limit(self._options.clip_norm))
         engine.step(gradients, moments, methods, which, limits, threads, self._stats)
         self._count(engine, gradients)
+        if is_due(self._stats.steps):
+            self._join()
         return loss
+
+    def _join(self) -> None:
+        """Give coordinates to units that waited for weights which were 0 at the start."""
+        tensors = self._tensors()
+        if (self._coordinates.in_edges[:, 0] >= 0).all() or any(map(is_sharded, tensors.values())):
+            return
+        joined = join(self.network, self._values(), self._coordinates, self._options.rule)
+        if joined is None:
+            return
+        self._coordinates, units = joined
+        self._engine = None
+        for edges in self._coordinates.edges:  # their moments were of other coordinates
+            for k, entry in edges[units].tolist():
+                block = self.network.blocks[k]
+                state = self.state.get(tensors[block.name], {})
+                for moment in (state[name] for name in self.moments if state.get(name) is not None):
+                    moment[block.index(entry)] = 0
+
+    def _leave_out(self, lost: list[str]) -> None:
+        """Parameters that are no longer the model's take no part any more, nor their units."""
+        if not lost:
+            return
+        warnings.warn(
+            f"{', '.join(lost[:3])}{', ...' if len(lost) > 3 else ''}: no longer a parameter of the model, since a "
+            "module or a parameter was replaced. What replaced it is not trained: make a new optimizer",
+            stacklevel=4,
+        )
+        self.network = self.network.without(
+            [name for name in lost if name in self.network.shapes], "no longer the model's"
+        )
+        self.network.add_plain(lost)
+        self._find_coordinates()
 
     def _is_rehearsal(self) -> bool:
         """Whether a step makes the state and does nothing else: before there is one, torch's checkpoints take such.
@@ -364,7 +418,7 @@ class _PathOptimizer(torch.optim.Optimizer):
         for group in self.param_groups:
             for name in (*self.method.names(), "maximize"):  # a state of another optimizer may lack some
                 group.setdefault(name, self.defaults[name])
-        self._engine, self._plan, self._seen = None, None, ()
+        self._engine, self._plan, self._seen, self._owner = None, None, (), None
 
 
 class GSGD(_PathOptimizer):
@@ -376,7 +430,7 @@ class GSGD(_PathOptimizer):
         A module is traced and all its parameters are trained. Otherwise ``model.named_parameters()``, or dicts with
         "params" (of named parameters) and their own lr, momentum, nesterov, weight_decay, maximize.
     lr, momentum, nesterov, weight_decay, maximize
-        As in `torch.optim.SGD`, on the coordinates that `gsgd.GSGD` describes.
+        As in `torch.optim.SGD`, on the coordinates that `gsgd.GSGD` describes. `lr` may be a tensor of no dimensions.
     network : gsgd.Network, optional
         The network of named parameters. Parameters that it does not mention take plain SGD steps. A parameter that
         it mentions and that is not given, or does not require a gradient now, pins the units that it meets; one that
@@ -392,8 +446,10 @@ class GSGD(_PathOptimizer):
     Notes
     -----
     Float32 and float64 tensors on the CPU are updated by the C core in place, without copies, on the strides that
-    they have. Other tensors take the same step in array operations on their device, for which `step` does not wait
-    (unless the learning rate is a tensor there).
+    they have. Other tensors take the same step in array operations on their device, for which `step` does not wait.
+
+    A complex parameter that is trained takes torch's own step, and pins the units that it meets. Parameters of integers
+    and booleans stay.
 
     The skeleton and the reference scale are those of the weights at the first step. Where weights are replaced later
     than that (but for rescalings), make a new optimizer.
@@ -403,8 +459,11 @@ class GSGD(_PathOptimizer):
 
     Raises
     ------
-    FloatingPointError
-        In `step`, on the CPU: a gradient or a path ratio is not finite. On other devices such a step is left out.
+    TypeError
+        A parameter is sparse, sharded or without values, `network` is no Network, or a hyperparameter is no number.
+    ValueError
+        Parameters are unnamed, given twice, not of `network`, on several devices or overlap in memory; a hyperparameter
+        or an option is out of its range; or options of tracing are given with ``network=``. Nothing has changed.
     """
 
     method = SGD
@@ -436,8 +495,13 @@ class GSGD(_PathOptimizer):
 
         As its released code: ``batch_norm="released"``, with stem, shortcuts and classifier in `leave_out`.
 
-        It overwrites the skeleton weights of `model` by 1 (section 11.2). The first two settings are for tracing: with
-        ``network=``, the description is what it was made with.
+        It overwrites the skeleton weights of `model` by 1 (the paper's section 11.2). The first two settings are for
+        tracing: a ``network=`` of your own is taken as it was described.
+
+        Raises
+        ------
+        ValueError
+            `residual` or `batch_norm` is given with ``network=``, which would have it ignored. And as at construction.
         """
         tracing = {} if options.get("network") is not None else {"residual": "pin", "batch_norm": "paper"}
         return cls(model, lr, **({**tracing, "rule": "modulo", "scale": "ones"} | options))
@@ -459,8 +523,13 @@ class GAdam(_PathOptimizer):
 
     Notes
     -----
-    The bias corrections are of the steps that a parameter has taken. Other devices than the CPU also count those
-    that were left out because something was not finite.
+    The bias corrections are of the steps that a parameter has taken. Array operations also count those that were left
+    out because something was not finite.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As in `GSGD`.
     """
 
     method = Adam
@@ -521,6 +590,11 @@ class GRMSprop(_PathOptimizer):
         See `GSGD`.
     lr, alpha, eps, weight_decay, momentum
         As in `torch.optim.RMSprop`, on the coordinates that `gsgd.GSGD` describes.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As in `GSGD`.
     """
 
     method = RMSprop

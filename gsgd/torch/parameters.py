@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeAlias
 
 from torch import Tensor, nn
@@ -26,6 +26,10 @@ def refuse_unsupported(name: str, p: Tensor) -> None:
         raise TypeError(
             f"parameter {name!r} is a FlatParameter of FullyShardedDataParallel, which mixes layers: use fully_shard"
         )
+    if is_sharded(p) and p.is_complex():
+        raise TypeError(f"parameter {name!r}: expected real numbers in sharded parameters, got {p.dtype}")
+    if p.is_conj() or p.is_neg():
+        raise TypeError(f"parameter {name!r}: expected memory of its own, got a conjugate or negative view")
     if p.is_sparse or p.device.type == "meta":
         raise TypeError(f"parameter {name!r}: expected a dense tensor with values, got {p.layout} on {p.device}")
 
@@ -59,3 +63,27 @@ def named_network(params: Params, network: Network | None, example_inputs: Any, 
     if network is None:
         raise ValueError(EXPECTED)
     return params, network
+
+
+class Owner:
+    """The model whose parameters an optimizer has: whether they are its own still, or a module was replaced."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self._note()
+
+    def has_changed(self) -> bool:
+        """Whether anything in the model was replaced."""
+        return not all(kept.get(name) is x for kept, name, x in self._held)
+
+    def lost(self, tensors: Mapping[str, Tensor]) -> list[str]:
+        """Names of those that the model no longer has. As it is now, it counts as unchanged."""
+        self._note()
+        own = set(map(id, self.model.parameters()))
+        return [name for name, p in tensors.items() if id(p) not in own]
+
+    def _note(self) -> None:
+        kept = [held for module in self.model.modules() for held in (module._modules, module._parameters)]
+        self._held: list[tuple[dict[str, Any], str, Any]] = [
+            (held, name, x) for held in kept for name, x in held.items()
+        ]

@@ -1,0 +1,65 @@
+"""Units that no path of non-zero weights passes at the start, such as LoRA's, wait and join (METHOD.md, section 9)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gsgd.coordinates import Coordinates
+from gsgd.layout import IN, OUT, layout
+from gsgd.network import Network
+from gsgd.skeleton import Rule, Skeleton
+from gsgd.stages import Scale, relative
+
+
+def is_due(step: int) -> bool:
+    """Whether waiting units are looked at after this step: 1, 2, 4, 8, ..."""
+    return step > 0 and step & (step - 1) == 0
+
+
+def join(
+    net: Network, arrays: Mapping[str, NDArray[Any]], coordinates: Coordinates, rule: Rule
+) -> tuple[Coordinates, NDArray[np.int64]] | None:
+    """Coordinates with trees for the waiting units all of whose weights are non-zero by now, and these units.
+
+    The scale of these is that of the moment: A = B = 1, as if they were pinned still, so that no other coordinate and
+    no moment of one changes. What the others have stays. None if no unit is ready.
+    """
+    ready = coordinates.in_edges[:, 0] < 0
+    if ready.any():
+        ready &= ~_meet_zero(net, arrays)
+    if not ready.any():
+        return None
+    skeleton = Skeleton(net, arrays, rule)
+    ready &= skeleton.edge_arrays[0][:, 0] >= 0
+    edges = [
+        np.where(ready[:, None], new, old) for new, old in zip(skeleton.edge_arrays, coordinates.edges, strict=True)
+    ]
+    skeleton.replace_edges((edges[0], edges[1]), dict(arrays))
+    now = skeleton.tree_weights(arrays)
+    weights = [np.where(ready, w, old) for w, old in zip(now, coordinates.scale[:2], strict=True)]
+    number = {name: i for i, name in enumerate(arrays)}
+    blocks = [(number[b.name], b) for b in net.blocks]
+    t = layout(net.num_units, [a.shape for a in arrays.values()], blocks, edges[0], edges[1])
+    a, b = relative(
+        t, Scale.of(np.asarray, weights[IN], weights[OUT], coordinates.c), np.stack([np.append(w, 1.0) for w in now])
+    )
+    c = np.append(coordinates.c, 1.0)
+    for tree, ahead in ((IN, a * c), (OUT, b / c)):  # the products of what follows along the tree
+        end = t.end[tree, :-1]
+        waited = np.append(ready, False)[end]
+        weights[tree] = np.where(ready & ~waited, weights[tree] * ahead[end], weights[tree])
+    return Coordinates(edges[0], edges[1], weights[0], weights[1], coordinates.c), np.flatnonzero(ready)
+
+
+def _meet_zero(net: Network, arrays: Mapping[str, NDArray[Any]]) -> NDArray[np.bool_]:
+    """Units that have a weight that is 0."""
+    meet = np.zeros(net.num_units + 1, dtype=bool)
+    for block in net.blocks:
+        zero = block.view(arrays[block.name]) == 0
+        meet[block.rows[zero.any(axis=(2, 3, 4, 5)).reshape(-1)]] = True
+        meet[block.cols[zero.any(axis=(1, 3, 4, 5)).reshape(-1)]] = True
+    return meet[:-1]  # PINNED is the last
