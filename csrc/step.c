@@ -24,6 +24,12 @@
 #define ALWAYS_INLINE inline
 #endif
 
+#ifdef __has_builtin
+#if __has_builtin(__builtin_shufflevector)
+#define TRANSPOSES
+#endif
+#endif
+
 enum {
     CHUNK = 64,       /* rows that are summed in the weights' own type before the sum goes on in double */
     SERIAL = 1 << 17, /* networks of fewer entries are not worth a second thread */
