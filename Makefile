@@ -1,9 +1,13 @@
 # make demo     train on the digits: SGD and G-SGD, from a start and from a rescaled copy of it
 # make test     the C core under sanitizers (the same bits with and without OpenMP), then the Python suite and the
 #               notebooks on the installed package
+# make fuzz     the property tests on other random examples than make test's: minutes. It prints its seed first, and
+#               make fuzz SEED=... repeats it
 # make lint     ruff, mypy, clang-format, and the compiler with warnings as errors
 # make bench    the step against PyTorch's optimizers; make bench-training: whole training steps;
 #               make bench-scaling: construction and step against the number of weights
+# make lib      the C library: build/lib (libgsgd.a, libgsgd.so, pkgconfig/gsgd.pc) and build/include, to be copied to
+#               a prefix
 # make docs     the documentation as a site, in build/site; a broken link or any other warning is an error
 # make wheel    dist/: a manylinux wheel and the source distribution, each tried in an environment of its own
 # make valgrind, make sanitize    the C core under valgrind; the Python suite with a sanitized extension
@@ -16,28 +20,36 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constr
 
 SOURCES := pyproject.toml setup.py MANIFEST.in constraints.txt $(wildcard csrc/*.* csrc/python/*) \
            $(shell find gsgd -name '*.py' -o -name '*.pyi' -o -name py.typed)
+VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
+LIBRARY := build/lib/libgsgd.a build/lib/libgsgd.so build/lib/pkgconfig/gsgd.pc build/include/gsgd.h
 CORE := tests/core.c $(wildcard csrc/*.c)
 CORE_FLAGS := -std=c11 -g -O1 -ffp-contract=off -fno-math-errno -Wall -Wextra -Werror -Icsrc
 SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=all
 OPENMP := $(shell echo 'int main(void) { return 0; }' | $(CC) -fopenmp -x c -o /dev/null - 2>/dev/null && echo -fopenmp)
 
-.PHONY: demo test lint bench bench-training bench-scaling docs wheel valgrind sanitize clean
+.PHONY: demo test fuzz lint bench bench-training bench-scaling lib docs wheel valgrind sanitize clean
 
 demo: .venv/demo
 	$(BIN)/python -P -m gsgd.demo
 
-test: .venv/dev build/core-sanitize build/core-sanitize-serial
+test: .venv/dev build/core-sanitize build/core-sanitize-serial build/mlp build/digits.bin
 	build/core-sanitize >build/core.out
 	build/core-sanitize-serial >build/core-serial.out
 	cmp build/core.out build/core-serial.out
+	build/mlp build/digits.bin
 	$(BIN)/pytest -q
 	GSGD_EPOCHS=2 $(BIN)/pytest -q --nbmake notebooks
+
+fuzz: SEED := $(shell od -An -N4 -tu4 /dev/urandom | tr -d ' ')
+fuzz: .venv/dev
+	@echo "make fuzz SEED=$(SEED)"
+	$(BIN)/pytest -q -m hypothesis --hypothesis-profile=random --hypothesis-seed=$(SEED)
 
 lint: .venv/dev
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy gsgd
-	$(BIN)/clang-format --dry-run -Werror $(wildcard csrc/*.[ch] csrc/*.inc csrc/python/*.[ch]) tests/core.c
+	$(BIN)/clang-format --dry-run -Werror $(wildcard csrc/*.[ch] csrc/*.inc csrc/python/*.[ch] examples/*.c) tests/core.c
 	GSGD_WERROR=1 $(BIN)/python setup.py -q build_ext --force --build-lib build/lint --build-temp build/lint
 
 bench: .venv/dev
@@ -48,6 +60,8 @@ bench-training: .venv/dev
 
 bench-scaling: .venv/dev
 	$(BIN)/python benchmarks/scaling.py
+
+lib: $(LIBRARY)
 
 docs: .venv/docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
@@ -90,6 +104,40 @@ build/core-sanitize: $(CORE) $(wildcard csrc/*)
 build/core-sanitize-serial: $(CORE) $(wildcard csrc/*)
 	@mkdir -p build
 	$(CC) $(CORE_FLAGS) $(SANITIZE) $(CORE) -lm -o $@
+
+# The first two numbers of a version name the library's interface.
+OBJECTS := $(patsubst csrc/%.c,build/object/%.o,$(wildcard csrc/*.c))
+SONAME := libgsgd.so.$(shell echo $(VERSION) | cut -d. -f1,2)
+
+build/object/%.o: csrc/%.c $(wildcard csrc/*.h csrc/*.inc)
+	@mkdir -p build/object
+	$(CC) -std=c11 -O3 -ffp-contract=off -fno-math-errno -fPIC $(OPENMP) -c $< -o $@
+
+build/lib/libgsgd.a: $(OBJECTS)
+	@mkdir -p build/lib
+	rm -f $@ && $(AR) rcs $@ $^
+
+build/lib/libgsgd.so: $(OBJECTS)
+	@mkdir -p build/lib
+	$(CC) -shared -Wl,-soname,$(SONAME) $(OPENMP) $^ -lm -o build/lib/$(SONAME)
+	ln -sf $(SONAME) $@
+
+build/lib/pkgconfig/gsgd.pc: pyproject.toml
+	@mkdir -p build/lib/pkgconfig
+	printf '%s\n' 'prefix=$${pcfiledir}/../..' 'Name: gsgd' 'Version: $(VERSION)' \
+	    'Description: G-SGD: training of ReLU networks in their positively scale-invariant space' \
+	    'Cflags: -I$${prefix}/include' 'Libs: -L$${prefix}/lib -lgsgd' 'Libs.private: $(OPENMP) -lm' >$@
+
+build/include/gsgd.h: csrc/gsgd.h
+	@mkdir -p build/include
+	cp $< $@
+
+build/mlp: examples/mlp.c $(LIBRARY)
+	$(CC) -std=c11 -O2 -Wall -Wextra -Werror -Ibuild/include $< -Lbuild/lib -Wl,-rpath,'$$ORIGIN/lib' -lgsgd -lm -o $@
+
+build/digits.bin: .venv/dev
+	$(BIN)/python -c "import numpy as np, sklearn.datasets as d; x, y = d.load_digits(return_X_y=True); \
+	    np.c_[x / 16, y].astype('f').tofile('$@')"
 
 # Stamps: the package and what it needs are installed anew only when a source is newer. The extension is also built
 # in place: a script in the checkout imports the checkout's gsgd/.

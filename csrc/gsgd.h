@@ -1,12 +1,25 @@
 /* gsgd.h - the C interface of gsgd, and its manual.
  *
- * A plan describes a network's edges once; every call then works on the caller's buffers. Nothing here knows
- * Python. Strides and extents are counted in elements and are ptrdiff_t. A plan owns copies of all that it is
- * given and all scratch memory: only gsgd_create allocates, and gsgd_balance while it runs. A plan serves one
- * call at a time.
+ * A plan describes a network once, as edges between units; every call then works on the caller's buffers:
  *
- * Terms (unit, block, in-edge, out-edge, free, chain root) and formulas are those of METHOD.md:
- * Meng et al., "G-SGD", ICLR 2019, in the form for any feed-forward network.
+ *     gsgd_create           the units, and how weights lie in arrays
+ *     gsgd_choose_trees     the skeleton: an in-edge and an out-edge per unit
+ *     gsgd_set_trees
+ *     gsgd_balance          the scale on which path values are measured
+ *     gsgd_set_reference
+ *     gsgd_step             as often as there are gradients
+ *     gsgd_destroy
+ *
+ * examples/mlp.c does all of this. A network that is sharded over several processes takes gsgd_set_shard for
+ * gsgd_set_trees, and gsgd_gather, gsgd_solve and gsgd_apply for gsgd_step.
+ *
+ * Strides and extents are counted in elements. A plan owns copies of all that it is given but for the buffers
+ * of a call, and all scratch memory: only gsgd_create allocates, and gsgd_balance while it runs. A plan
+ * serves one call at a time. Arguments are not checked but where a status says so. Nothing is printed.
+ * Results have the same bits for any strides and any number of threads.
+ *
+ * Terms and formulas are those of METHOD.md: Meng et al., "G-SGD", ICLR 2019, in the form for any
+ * feed-forward network.
  */
 #ifndef GSGD_H
 #define GSGD_H
@@ -14,12 +27,18 @@
 #include <stddef.h>
 #include <stdint.h>
 
-/** Dimensions of a block: groups, rows (destinations), columns (sources), and three of taps. */
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+/** Dimensions of a block: groups, rows (destinations), columns (sources), and three of taps, the places of a
+ * kernel. A dense layer has one group and one tap. */
 enum { GSGD_GROUP, GSGD_ROW, GSGD_COL, GSGD_TAP, GSGD_NDIM = 6 };
 
-/** The id of what is never rescaled, in the place of a unit. */
+/** In the place of a unit: what is never rescaled. Inputs, outputs, and the constant that biases read. */
 enum { GSGD_PINNED = -1 };
 
+/** Of an array and everything that goes with it: weights, gradients, moments. */
 typedef enum { GSGD_FLOAT32, GSGD_FLOAT64 } gsgd_type;
 
 typedef enum {
@@ -58,6 +77,7 @@ typedef struct {
     int64_t block, entry;
 } gsgd_edge;
 
+/** See gsgd_choose_trees. */
 typedef enum { GSGD_MODULO, GSGD_LARGEST } gsgd_rule;
 
 typedef enum { GSGD_SGD, GSGD_ADAM, GSGD_RMSPROP } gsgd_method;
@@ -74,6 +94,7 @@ typedef struct {
     int nesterov, decoupled;
 } gsgd_rates;
 
+/** What a step is told besides arrays. */
 typedef struct {
     const gsgd_rates *rates; /* one per array */
     double max_ratio;   /* r: the magnitude of a path ratio is limited to [1 / r, r]; INFINITY: it is not */
@@ -90,6 +111,7 @@ typedef struct gsgd_plan gsgd_plan;
 gsgd_status gsgd_create(gsgd_plan **plan, ptrdiff_t units, ptrdiff_t arrays, const gsgd_type *types,
                         ptrdiff_t blocks, const gsgd_block *block);
 
+/** Free a plan; NULL is none. */
 void gsgd_destroy(gsgd_plan *plan);
 
 /** Skeleton construction (the paper's section 4.1). Chooses an in-edge and an out-edge for every unit among
@@ -202,5 +224,9 @@ gsgd_status gsgd_path_gradients(gsgd_plan *plan, const gsgd_array *weights, cons
  * `ratios` (float64) times those of `weights`. Ratios of free weights are not read. */
 void gsgd_allocate(gsgd_plan *plan, const gsgd_array *weights, const gsgd_array *ratios,
                    const gsgd_array *out);
+
+#ifdef __cplusplus
+}
+#endif
 
 #endif

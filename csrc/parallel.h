@@ -8,6 +8,7 @@
 
 #ifdef _OPENMP
 #include <omp.h>
+#include <pthread.h>
 #endif
 
 /* Seconds, where there are threads. */
@@ -16,6 +17,39 @@ static inline double clock_now(void) {
     return omp_get_wtime();
 #else
     return 0;
+#endif
+}
+
+#ifdef _OPENMP
+static void *pass_gate(void *gate) {
+    pthread_mutex_lock(gate);
+    pthread_mutex_unlock(gate);
+    return NULL;
+}
+
+/* Start up to `wanted` threads that all wait at the gate; the last opens it. The number of them. */
+static inline int start_threads(int wanted, pthread_mutex_t *gate) {
+    pthread_t thread;
+    if (wanted <= 0 || pthread_create(&thread, NULL, pass_gate, gate) != 0) {
+        pthread_mutex_unlock(gate);
+        return 0;
+    }
+    int started = 1 + start_threads(wanted - 1, gate);
+    pthread_join(thread, NULL);
+    return started;
+}
+#endif
+
+/* How many threads may be asked for, up to `wanted`: where OpenMP cannot make one, it ends the process. */
+static inline int startable_threads(int wanted) {
+#ifdef _OPENMP
+    pthread_mutex_t gate = PTHREAD_MUTEX_INITIALIZER;
+    pthread_mutex_lock(&gate);
+    int started = start_threads(wanted - 1, &gate);
+    pthread_mutex_destroy(&gate);
+    return started == wanted - 1 ? wanted : started; /* if not all, leave some room */
+#else
+    return wanted;
 #endif
 }
 

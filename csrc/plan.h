@@ -75,6 +75,7 @@ struct gsgd_plan {
     int clips;                     /* the walk is one for clip_norm */
     uint8_t *has_gradient, *has_m; /* per array: in the last gather */
     team gather_team, apply_team;
+    int threads_wanted, threads_startable;
 
     double *gathered, *solved; /* of gsgd_step */
     double *to_a, *to_b;       /* chain products relative to in0 and out0 */
@@ -159,10 +160,18 @@ enum {
     LANES = 8,    /* columns summed side by side where rows are the fast dimension */
 };
 
+#ifdef __GNUC__
+#pragma GCC visibility push(hidden)
+#endif
+
 /* See the caller's arrays (NULL: none) through every block, as `which` view. */
 void gsgd_bind(gsgd_plan *plan, const gsgd_array *arrays, int which);
 
 /* Make the walk over the views at hand, unless it is that of the call before. */
 void gsgd_plan_walk(gsgd_plan *plan, int clips);
+
+#ifdef __GNUC__
+#pragma GCC visibility pop
+#endif
 
 #endif

@@ -27,6 +27,7 @@
 enum {
     CHUNK = 64,       /* rows that are summed in the weights' own type before the sum goes on in double */
     SERIAL = 1 << 17, /* networks of fewer entries are not worth a second thread */
+    MOST_THREADS = 256,
 };
 
 static inline float root_f32(float x) { return sqrtf(x); }
@@ -233,8 +234,15 @@ static void clear(const gsgd_plan *plan, double *rows, int count) {
         rows[row_at(plan, i) - 1] = 0;
 }
 
-static int threads_for(const gsgd_plan *plan, const gsgd_options *options) {
-    return plan->entries < SERIAL ? 1 : options->threads;
+static int threads_for(gsgd_plan *plan, const gsgd_options *options) {
+    int wanted = options->threads < MOST_THREADS ? options->threads : MOST_THREADS;
+    if (plan->entries < SERIAL || wanted <= 1)
+        return 1;
+    if (wanted > plan->threads_wanted) {
+        plan->threads_wanted = wanted;
+        plan->threads_startable = startable_threads(wanted);
+    }
+    return wanted < plan->threads_startable ? wanted : plan->threads_startable;
 }
 
 /* gsgd_gather from the views at hand. */

@@ -24,6 +24,9 @@ class Dim:
     step: int = 0
 
 
+Dims = tuple[Dim, Dim, Dim, Dim, Dim, Dim]  # groups, rows, columns and up to three taps
+
+
 @dataclass(frozen=True, eq=False)
 class Block:
     """A (part of a) parameter as edges between units.
@@ -45,7 +48,7 @@ class Block:
     """
 
     name: str
-    dims: tuple[Dim, Dim, Dim, Dim, Dim, Dim]
+    dims: Dims
     start: tuple[int, int]
     rows: Ids
     cols: Ids
@@ -127,7 +130,7 @@ class Sum:
 class Part:
     """Dims and start of a block, and the nodes that its rows and columns are."""
 
-    dims: tuple[Dim, Dim, Dim, Dim, Dim, Dim]
+    dims: Dims
     start: tuple[int, int]
     rows: Ids
     cols: Ids
@@ -135,7 +138,11 @@ class Part:
 
 @dataclass(frozen=True, eq=False)
 class Layer:
-    """A parameter as it was described: one part, or one per segment of the features that a dense weight reads."""
+    """A parameter as it was described.
+
+    Its parts lie side by side along one axis: one per segment of the features that a dense weight reads, per head, or
+    per projection of a fused matrix; most often there is one.
+    """
 
     name: str
     kind: str

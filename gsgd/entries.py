@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from array_api_compat import array_namespace, device, is_numpy_array, is_torch_array
+import numpy as np
+from array_api_compat import array_namespace, device, is_jax_array, is_numpy_array, is_torch_array
 
-from gsgd.layout import Array, ArrayLayout, Layout
+from gsgd.layout import Array, ArrayLayout, Layout, Span
 
 
 def real_type(xp: Any, where: Any) -> Any:
@@ -21,6 +23,18 @@ def product(w: Array, g: Array) -> Array:
     if xp.finfo(w.dtype).bits < 32:
         w, g = (xp.astype(x, xp.float32) for x in (w, g))
     return w * g
+
+
+def largest(arrays: Sequence[Array | None], like: Sequence[Array]) -> Array:
+    """The largest magnitude of every array that is there and not empty, NaN where an entry is, and a 0."""
+    xp = array_namespace(*like)
+    given = [x for x in arrays if x is not None and math.prod(x.shape)]
+    real = real_type(xp, device(like[0]))
+    if given and is_torch_array(like[0]):
+        found = xp._foreach_norm(given, math.inf)  # one call for all
+    else:
+        found = [xp.max(xp.abs(x)) for x in given]
+    return xp.stack([xp.zeros((), dtype=real, device=device(like[0])), *(xp.astype(x, real) for x in found)])
 
 
 def at_edges(t: Layout, arrays: Sequence[Array | None], like: Sequence[Array]) -> Array:
@@ -57,6 +71,18 @@ def set_edges(a: ArrayLayout, x: Array, values: Array) -> Array:
                     here = here & (xp.reshape(xp.arange(a.shape[axis]), extents) == at)
             x = xp.where(here, values[places.edge], x)
     return x
+
+
+def cut(values: Array, ids: Array, spans: Sequence[Span | None]) -> list[Array | None]:
+    """``values[ids]`` in parts, None for None.
+
+    In one call, but for JAX, whose compiler makes one kernel of equal ones: they must not differ in where they begin.
+    """
+    xp = array_namespace(values)
+    if is_jax_array(values):
+        return [None if span is None else values[span.of(np, ids)] for span in spans]
+    values = values[ids]
+    return [None if span is None else span.of(xp, values) for span in spans]
 
 
 def along(jumps: Sequence[Array], x: Array, combine: Callable[[Array, Array], Array]) -> Array:

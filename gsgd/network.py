@@ -9,96 +9,25 @@ from __future__ import annotations
 
 import copy
 import math
-import operator
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from gsgd.blocks import PINNED, Block, Dim, Ids, Layer, Part, Sum, plain_block
+from gsgd import geometry
+from gsgd.blocks import PINNED, Block, Ids, Layer, Part, Sum, plain_block
+from gsgd.checks import integer, text
+from gsgd.features import Features
+from gsgd.sequential import describe_chain
 from gsgd.table import table
 from gsgd.units import Numbering, Units
 
-__all__ = ["PINNED", "BatchNormMode", "Block", "Features", "Network", "Residual", "Sum", "plain_block", "segment"]
+__all__ = ["PINNED", "BatchNormMode", "Block", "Features", "Network", "Residual", "Sum", "plain_block"]
 
 BatchNormMode = Literal["exact", "paper", "released"]
 Residual = Literal["tie", "pin"]
-
-
-@dataclass(frozen=True, eq=False)
-class Features:
-    """What flows between layers: segments of channels, each channel seen at one or several positions."""
-
-    network: Network = field(repr=False)
-    segments: tuple[tuple[Ids, int, str], ...]  # (nodes, positions, order)
-
-    @property
-    def count(self) -> int:
-        """Number of features: channels times positions, over all segments."""
-        return sum(len(nodes) * positions for nodes, positions, _ in self.segments)
-
-    @property
-    def per_feature(self) -> Ids:
-        """The node of every feature, in order."""
-        return np.concatenate(
-            [
-                np.repeat(nodes, positions) if order == "channels_first" else np.tile(nodes, positions)
-                for nodes, positions, order in self.segments
-            ]
-        )
-
-
-def segment(nodes: Ids) -> tuple[Ids, int, str]:
-    """Channels, positions and order, if these are flattened maps; otherwise as many channels of one position."""
-    n, same = len(nodes), nodes == nodes[0]
-    run = n if same.all() else int(np.argmin(same))
-    if 1 < run < n and n % run == 0 and (nodes == np.repeat(nodes[::run], run)).all():
-        return nodes[::run], run, "channels_first"
-    period = 1 + int(np.argmax(same[1:])) if same[1:].any() else n
-    if 1 < period < n and n % period == 0 and (nodes == np.tile(nodes[:period], n // period)).all():
-        return nodes[:period], n // period, "channels_last"
-    return nodes, 1, "channels_first"
-
-
-def _unit_axes(layout: str, what: str) -> tuple[str, str]:
-    """The two axes that name units in `layout`, and where they stand: first or last."""
-    spatial = str(layout).replace("o", "").replace("i", "")
-    for units in ("oi", "io"):
-        for candidate, place in ((units + spatial, "first"), (spatial + units, "last")):
-            if layout == candidate and spatial in ("", "w", "hw", "dhw"):
-                return units, place
-    raise ValueError(f"{what}: layout {layout!r}: expected one like 'oi', 'io', 'oihw', 'iohw' or 'hwio'")
-
-
-def _integer(value: Any, what: str, least: int = 1) -> int:
-    try:
-        number = operator.index(value)
-    except TypeError:
-        raise TypeError(f"{what}: expected an integer, got {value!r}") from None
-    if number < least:
-        raise ValueError(f"{what}: expected at least {least}, got {number}")
-    return number
-
-
-def _text(value: Any, what: str) -> str:
-    if not isinstance(value, str):
-        raise TypeError(f"{what}: expected a string, got {value!r}")
-    if not value:
-        raise ValueError(f"{what}: expected a string that is not empty")
-    return value
-
-
-def _shape(value: Any, what: str) -> tuple[int, ...]:
-    try:
-        return tuple(map(operator.index, getattr(value, "shape", value)))
-    except TypeError:
-        raise TypeError(f"{what}: expected an array or a shape, got {type(value).__name__}") from None
-
-
-def _given(*names: str | None) -> list[str]:
-    return [name for name in names if name is not None]
 
 
 class Network:
@@ -137,9 +66,11 @@ class Network:
             raise ValueError(f"{what}: expected channels, got flattened features")
         return x.per_feature
 
-    def _check_names(self, *names: str) -> None:
+    def _check_names(self, *names: str | None) -> None:
         for name in names:
-            _text(name, "a parameter's name")
+            if name is None:
+                continue
+            text(name, "a parameter's name")
             if name in self._layers or names.count(name) > 1:
                 raise ValueError(f"parameter {name!r} is described twice; a shared weight must be left out and pinned")
 
@@ -160,13 +91,13 @@ class Network:
         TypeError
             `channels` is no integer, or `reason` no string.
         """
-        channels = _integer(channels, "input: channels", least=0)
-        nodes = self.nodes.new(channels, _text(reason, "input: reason"))
+        channels = integer(channels, "input: channels", least=0)
+        nodes = self.nodes.new(channels, text(reason, "input: reason"))
         self.nodes.pin(nodes, reason)
         return self.features(nodes)
 
     def features(self, nodes: Ids) -> Features:
-        """Channels that are these nodes, for tracers."""
+        """Channels that are these nodes (int64, shape ``(channels,)``), for tracers."""
         return Features(self, ((nodes, 1, "channels_first"),))
 
     def dense(self, name: str, x: Features, features: int, *, bias: str | None = None, layout: str = "oi") -> Features:
@@ -186,30 +117,15 @@ class Network:
         TypeError
             `x` is nothing that a layer returns, a name no string, or `features` no integer.
         """
-        self._check_names(name, *_given(bias))
+        self._check_names(name, bias)
         self._check(x, name)
-        _integer(x.count, f"{name}: features that it reads")
-        features = _integer(features, f"{name}: features")
+        integer(x.count, f"{name}: features that it reads")
+        features = integer(features, f"{name}: features")
         if layout not in ("oi", "io"):
             raise ValueError(f"{name}: layout {layout!r}: expected 'oi' or 'io'")
-        row_axis, col_axis = layout.index("o"), layout.index("i")
         rows = self.nodes.new(features, name)
-        parts, first = [], 0
-        for nodes, positions, order in x.segments:
-            channels = len(nodes)
-            col_step, tap_step = (positions, 1) if order == "channels_first" else (1, channels)
-            dims = (
-                Dim(),
-                Dim(features, row_axis, 1),
-                Dim(channels, col_axis, col_step),
-                Dim(),
-                Dim(),
-                Dim(positions, col_axis, tap_step) if positions > 1 else Dim(),
-            )
-            parts.append(Part(dims, (col_axis, first), rows, nodes))
-            first += channels * positions
         shape = (features, x.count) if layout == "oi" else (x.count, features)
-        self._add_layer(name, "dense", shape, *parts)
+        self._add_layer(name, "dense", shape, *geometry.dense(rows, x.segments, layout))
         return self._written(name, rows, bias)
 
     def conv(
@@ -246,31 +162,18 @@ class Network:
         TypeError
             `x` is nothing that a layer returns, a name no string, or an extent no integer.
         """
-        self._check_names(name, *_given(bias))
+        self._check_names(name, bias)
         cols = self._channels(x, name)
-        _integer(len(cols), f"{name}: channels that it reads")
-        features = _integer(features, f"{name}: features")
+        integer(len(cols), f"{name}: channels that it reads")
+        features = integer(features, f"{name}: features")
         kernel = tuple(kernel) if isinstance(kernel, Iterable) else (kernel,)
-        kernel = tuple(_integer(extent, f"{name}: kernel") for extent in kernel)
+        kernel = tuple(integer(extent, f"{name}: kernel") for extent in kernel)
         if not 1 <= len(kernel) <= 3:
             raise ValueError(f"{name}: kernel {kernel}: expected 1, 2 or 3 extents")
-        groups = _integer(groups, f"{name}: groups")
+        groups = integer(groups, f"{name}: groups")
         if features % groups or len(cols) % groups:
             raise ValueError(f"{name}: groups={groups} must divide {len(cols)} channels and {features} features")
-        units, place = _unit_axes(layout, name)
-        o, i = units.index("o"), units.index("i")
-        if place == "last":
-            o, i = o + len(kernel), i + len(kernel)
-        r, c = features // groups, len(cols) // groups
-        transposed = units == "io" and place == "first"
-        extent = {o: r if transposed else features, i: len(cols) if transposed else c}
-        taps = [Dim(k, a + (2 if place == "first" else 0), 1) for a, k in enumerate(kernel)]
-        group = Dim(groups, i, c) if transposed else Dim(groups, o, r)
-        t0, t1, t2 = *(Dim() for _ in range(3 - len(taps))), *taps
-        dims = (group if groups > 1 else Dim(), Dim(r, o, 1), Dim(c, i, 1), t0, t1, t2)
-        shape = tuple(
-            extent[a] if a in extent else kernel[a - (2 if place == "first" else 0)] for a in range(2 + len(kernel))
-        )
+        shape, dims = geometry.convolution(features, len(cols), kernel, groups, layout, name)
         rows = self.nodes.new(features, name)
         self._add_layer(name, "conv", shape, Part(dims, (0, 0), rows, cols))
         return self._written(name, rows, bias)
@@ -285,8 +188,7 @@ class Network:
         """A vector of edges from a pinned source: a bias, or a normalization's weight."""
         source = self.nodes.new(1, f"source of {name}")
         self.nodes.pin(source, "constant")
-        dims = (Dim(), Dim(len(rows), 0, 1), Dim(), Dim(), Dim(), Dim())
-        self._add_layer(name, kind, (len(rows),), Part(dims, (0, 0), rows, source))
+        self._add_layer(name, kind, (len(rows),), geometry.vector(rows, source))
 
     def edges(self, name: str, kind: str, shape: tuple[int, ...], *parts: Part) -> None:
         """A parameter as edges between nodes, for tracers.
@@ -327,6 +229,13 @@ class Network:
 
         `relu`, `max_pool` and the others like them are this method by another name: they take no options (no slope,
         no kernel size), since units do not depend on these.
+
+        Raises
+        ------
+        ValueError
+            `x` belongs to another network.
+        TypeError
+            `x` is nothing that a layer returns.
         """
         self._check(x, "homogeneous")
         return x
@@ -348,7 +257,7 @@ class Network:
         """
         if order not in ("channels_first", "channels_last"):
             raise ValueError(f"order {order!r}: expected 'channels_first' or 'channels_last'")
-        positions = _integer(positions, "flatten: positions")
+        positions = integer(positions, "flatten: positions")
         nodes = self._channels(x, "flatten")
         return Features(self, ((nodes, positions, order if positions > 1 else "channels_first"),))
 
@@ -431,7 +340,7 @@ class Network:
         bias: str | None = None,
         mode: BatchNormMode = "exact",
     ) -> Features:
-        """Batch normalization (the paper's section 10.2).
+        """Batch normalization (the paper's section 10.2; METHOD.md, section 5).
 
         Parameters
         ----------
@@ -452,8 +361,7 @@ class Network:
         TypeError
             `x` is nothing that a layer returns, or a name no string.
         """
-        names = _given(weight, bias)
-        self._check_names(*names)
+        self._check_names(weight, bias)
         nodes = self._channels(x, "batch_norm")
         if mode not in ("exact", "paper", "released"):
             raise ValueError(f"batch_norm mode {mode!r}: expected 'exact', 'paper' or 'released'")
@@ -484,12 +392,13 @@ class Network:
         TypeError
             `x` is nothing that a layer returns, or a name no string.
         """
-        self._check_names(*_given(weight, bias))
+        self._check_names(weight, bias)
         return self._normalized(self._channels(x, "norm"), weight, bias, "normalization")
 
     def _normalized(self, nodes: Ids, weight: str | None, bias: str | None, what: str) -> Features:
         self.nodes.pin(nodes, f"scale lost in {what}")
-        names, kind = _given(weight, bias), "batch_norm" if what.startswith("batch") else "norm"
+        names = [name for name in (weight, bias) if name is not None]
+        kind = "batch_norm" if what.startswith("batch") else "norm"
         rows = self.nodes.new(len(nodes), names[0] if names else kind)
         for name in names:
             self._source_layer(name, kind, rows)
@@ -509,10 +418,9 @@ class Network:
         """
         self._check_names(name)
         cols = self._channels(x, name)
-        _integer(len(cols), f"{name}: channels that it reads")
+        integer(len(cols), f"{name}: channels that it reads")
         rows = self.nodes.new(len(cols), name)
-        dims = (Dim(len(cols), 0, 1), Dim(), Dim(), Dim(), Dim(), Dim())
-        self._add_layer(name, "scale", (len(cols),), Part(dims, (0, 0), rows, cols))
+        self._add_layer(name, "scale", (len(cols),), geometry.diagonal(rows, cols))
         return self.features(rows)
 
     def pin(self, x: Features, reason: str) -> Features:
@@ -526,11 +434,19 @@ class Network:
             `x` is nothing that a layer returns, or `reason` no string.
         """
         self._check(x, "pin")
-        self.nodes.pin(x.per_feature, _text(reason, "pin: reason"))
+        self.nodes.pin(x.per_feature, text(reason, "pin: reason"))
         return x
 
     def output(self, x: Features) -> None:
-        """What the network returns: pinned."""
+        """What the network returns: pinned.
+
+        Raises
+        ------
+        ValueError
+            `x` belongs to another network.
+        TypeError
+            `x` is nothing that a layer returns.
+        """
         self.pin(x, "network output")
 
     @classmethod
@@ -558,38 +474,8 @@ class Network:
         TypeError
             A value is neither an array nor a shape.
         """
-        if layout not in ("oi", "io"):
-            raise ValueError(f"layout {layout!r}: expected 'oi' or 'io'")
-        if not isinstance(shapes_or_params, Mapping):
-            shapes_or_params = {str(i): s for i, s in enumerate(shapes_or_params)}
-        shapes = {name: _shape(value, name) for name, value in shapes_or_params.items()}
-        names = list(shapes)
-        net, i = cls(), 0
-        x: Features | None = None
-        while i < len(names):
-            name, shape = names[i], shapes[names[i]]
-            if not 2 <= len(shape) <= 5 or min(shape) < 1:
-                raise ValueError(f"{name}: shape {shape}: expected a weight of 2 to 5 dimensions, at least 1 each")
-            out, read = (shape[0], shape[1]) if layout == "oi" else (shape[-1], shape[-2])
-            bias = names[i + 1] if i + 1 < len(names) and shapes[names[i + 1]] == (out,) else None
-            x = net.input(read) if x is None else net.relu(x)
-            have = x.count
-            if len(shape) == 2:
-                if read % have:
-                    raise ValueError(f"{name}: reads {read} features, but the layer before writes {have}")
-                if read != have:
-                    x = net.flatten(x, read // have, "channels_first" if layout == "oi" else "channels_last")
-                x = net.dense(name, x, out, bias=bias, layout=layout)
-            else:
-                if have % read:
-                    raise ValueError(f"{name}: reads {read} channels a group, but the layer before writes {have}")
-                kernel = shape[2:] if layout == "oi" else shape[:-2]
-                layouts = {"oi": "oihw", "io": "hwio"}
-                x = net.conv(name, x, out, kernel, groups=have // read, bias=bias, layout=layouts[layout])
-            i += 1 if bias is None else 2
-        if x is None:
-            raise ValueError("expected at least one weight")
-        net.output(x)
+        net = cls()
+        describe_chain(net, shapes_or_params, layout)
         return net
 
     def without(self, names: Iterable[str], reason: str) -> Network:
@@ -608,7 +494,7 @@ class Network:
         TypeError
             `reason` is no string.
         """
-        _text(reason, "without: reason")
+        text(reason, "without: reason")
         net, names = copy.deepcopy(self), list(dict.fromkeys(names))
         for name in names:
             if name not in net._layers:
@@ -631,7 +517,7 @@ class Network:
         return dict(self._plain)
 
     def is_written(self, x: Features) -> bool:
-        """Whether a dense or convolution layer made every channel of `x`, right before it."""
+        """Whether each channel of `x` is what a dense or convolution layer returned, with nothing in between."""
         return self._writer.keys() >= set(x.per_feature.tolist())
 
     def pin_unmet(self) -> None:
@@ -679,23 +565,41 @@ class Network:
         Raises
         ------
         ValueError
-            A unit is never read or never written. So do `operations`, `unit_of_node`, `units` and `num_units`.
+            A unit is never read or never written.
         """
         return self._complete().blocks
 
     @property
     def operations(self) -> tuple[Block | Sum, ...]:
-        """Blocks and residual sums in the order of the description."""
+        """Blocks and residual sums in the order of the description.
+
+        Raises
+        ------
+        ValueError
+            A unit is never read or never written.
+        """
         return self._complete().operations
 
     @property
     def unit_of_node(self) -> Ids:
-        """The unit of every node, or `PINNED`."""
+        """The unit of every node, or `PINNED`: an int64 array of shape ``(nodes,)``.
+
+        Raises
+        ------
+        ValueError
+            A unit is never read or never written.
+        """
         return self._complete().numbering.unit_of_node
 
     @property
     def units(self) -> tuple[str, ...]:
-        """A label per unit: the layer that writes it first, and the channel."""
+        """A label per unit, H in all: the layer that writes it first, and the channel.
+
+        Raises
+        ------
+        ValueError
+            A unit is never read or never written.
+        """
         return self._complete().numbering.labels
 
     @property
@@ -705,7 +609,13 @@ class Network:
 
     @property
     def num_units(self) -> int:
-        """H: units that can be rescaled."""
+        """H: units that can be rescaled.
+
+        Raises
+        ------
+        ValueError
+            A unit is never read or never written.
+        """
         return len(self._complete().numbering.labels)
 
     @property
@@ -715,12 +625,24 @@ class Network:
 
     @property
     def num_basis_paths(self) -> int:
-        """m - H: the rank of the structure matrix (theorem 3.4)."""
+        """m - H: the rank of the structure matrix (the paper's theorem 3.4).
+
+        Raises
+        ------
+        ValueError
+            A unit is never read or never written.
+        """
         return self.num_weights - self.num_units
 
     @property
     def invariant_ratio(self) -> float:
-        """H / m (section 3.2); 0 for a network without weights."""
+        """H / m, a share (the paper's section 3.2); 0 for a network without weights.
+
+        Raises
+        ------
+        ValueError
+            A unit is never read or never written.
+        """
         return self.num_units / max(1, self.num_weights)
 
     @property

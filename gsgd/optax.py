@@ -69,13 +69,14 @@ from numpy.typing import NDArray
 from gsgd import stages
 from gsgd.coordinates import set_to_one
 from gsgd.jax import names
-from gsgd.layout import Layout, convert, layout
+from gsgd.layout import Layout, layout
 from gsgd.methods import SGD, Adam, Method, RMSprop
 from gsgd.network import Network
 from gsgd.options import MaxRatio, Options, limit
 from gsgd.skeleton import Rule, Skeleton
 
 Array: TypeAlias = jax.Array
+Arrays: TypeAlias = list[Any]  # None where there is no array
 Tree: TypeAlias = Any
 Number: TypeAlias = float | Array
 Schedule: TypeAlias = Number | Callable[[Array], Number]
@@ -109,7 +110,7 @@ class State(NamedTuple):
     Attributes
     ----------
     count, clamped, skipped : int arrays
-        Counts of steps taken, of path ratios that were clamped, and of steps left out as not finite.
+        Counts of steps taken, of path ratios that were limited, and of steps left out because something was not finite.
     reference : dict of one Trees to its Reference
         As a key the skeleton is no leaf, but has a name: what restores arrays by their names into a state of another
         skeleton (Orbax, Flax's serialization) finds none.
@@ -150,7 +151,10 @@ def gsgd(
     Raises
     ------
     ValueError, TypeError
-        Hyperparameters are not as they should be; or, in `init`, names, shapes or dtypes of the parameters.
+        A hyperparameter is out of its range, or no number, or `network` is an approximation of batch normalization.
+        In `init`: parameters of the network are missing, of another shape, or not floating point. In `update`:
+        `params` are missing, parameters or gradients are of other shapes than in `init`, or the state is another
+        transformation's.
     """
     make = partial(SGD, momentum=_or_zero(momentum), nesterov=nesterov, weight_decay=weight_decay)
     return _transformation(learning_rate, network, make, scale, rule, max_ratio, clip_norm)
@@ -177,6 +181,11 @@ def gadam(
         See `gsgd`.
     b1, b2, eps, weight_decay, decoupled
         ``betas=(b1, b2)`` and the others of `gsgd.GAdam`.
+
+    Raises
+    ------
+    ValueError, TypeError
+        As in `gsgd`.
     """
     make = partial(Adam, betas=(b1, b2), eps=eps, weight_decay=weight_decay, decoupled=decoupled)
     return _transformation(learning_rate, network, make, scale, rule, max_ratio, clip_norm)
@@ -202,13 +211,18 @@ def grmsprop(
         See `gsgd`.
     decay, eps, weight_decay, momentum
         ``alpha=decay`` and the others of `gsgd.GRMSprop`.
+
+    Raises
+    ------
+    ValueError, TypeError
+        As in `gsgd`.
     """
     make = partial(RMSprop, alpha=decay, eps=eps, weight_decay=weight_decay, momentum=_or_zero(momentum))
     return _transformation(learning_rate, network, make, scale, rule, max_ratio, clip_norm)
 
 
 def ones(params: Tree, network: Network) -> Tree:
-    """`params` with every skeleton weight 1: the paper's start (section 11.2).
+    """`params` with every skeleton weight 1: the paper's start (its section 11.2).
 
     A transformation can't overwrite weights in `init`. What ``gsgd.GSGD(params, network, lr, scale="ones")`` does is
     ``gsgd.optax.gsgd(lr, network, scale="initial")`` from ``gsgd.optax.ones(params, network)``.
@@ -218,6 +232,16 @@ def ones(params: Tree, network: Network) -> Tree:
     params : pytree of arrays
     network : Network
         Of parameters named by their key paths; the skeleton is that of rule "modulo".
+
+    Returns
+    -------
+    pytree like `params`
+        With the same shapes and dtypes.
+
+    Raises
+    ------
+    ValueError, TypeError
+        Parameters of the network are missing, of another shape, or not floating point.
     """
     leaves, _, skeleton = _skeleton(params, network, "modulo", False)
     masks = {name: np.zeros(np.shape(x), bool) for name, x in leaves.items()}
@@ -250,19 +274,67 @@ def _transformation(
         raise ValueError("batch_norm 'paper' and 'released' are not supported here; describe the network with 'exact'")
 
     def init(params: Tree) -> State:
+        if any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(params)):
+            state: State = jax.eval_shape(init, params)
+            return state._replace(m=params if method.has_m else None, v=params if method.has_v else None)
         anchor: Any = 0 if _is_placeholder(params) else _anchor(params, network, type(method).__name__, scale, rule)
         # no array twice: a loop may donate the state's buffers
         count, clamped, skipped = (jnp.zeros([], jnp.int32) for _ in range(3))
         m, v = (jax.tree.map(jnp.zeros_like, params) if has else None for has in (method.has_m, method.has_v))
-        return State(count, clamped, skipped, anchor, m, v)
+        state = State(count, clamped, skipped, anchor, m, v)
+        meshes = {x.sharding.mesh for x in jax.tree.leaves(params) if _is_on_several_devices(x)}
+        if len(meshes) == 1:  # where update leaves them, so that it is compiled once
+            own = state._replace(m=None, v=None)
+            state = jax.device_put(own, _replicated(*meshes))._replace(m=m, v=v)
+        return state
 
-    def update(updates: Tree, state: State, params: Tree = None, **extra: Any) -> tuple[Tree, State]:
+    def step(
+        trees: Trees, reference: Reference, weights: Arrays, gradients: Arrays, m: Arrays, v: Arrays, count: Array
+    ) -> Any:
+        """The updates and the new moments, and the numbers of steps and of limited ratios that they add."""
+        now = make(lr=learning_rate(count)) if callable(learning_rate) else method
+        new, solution = stages.step(
+            trees.layout,
+            stages.Scale(jnp.stack([reference.in_weights, reference.out_weights]), reference.c),
+            weights,
+            gradients,
+            gradients,
+            None,
+            list(zip(m, v, strict=True)),
+            [now.at(count + 1)] * len(weights),
+            limit(options.max_ratio),
+            options.clip_norm,
+        )
+
+        def changed(old: Any, value: Any) -> Any:
+            """The value, unless something is not finite; None where there is no array."""
+            if old is None:
+                return None
+            return jnp.where(solution.finite, value.astype(old.dtype), old)
+
+        found = [
+            (changed(w, x), changed(old_m, new_m), changed(old_v, new_v))
+            for w, old_m, old_v, (x, (new_m, new_v)) in zip(weights, m, v, new, strict=True)
+        ]
+        updates = [x - w for (x, _, _), w in zip(found, weights, strict=True)]
+        taken = solution.finite.astype(jnp.int32)
+        return (
+            updates,
+            [x for _, x, _ in found],
+            [x for _, _, x in found],
+            taken,
+            taken * solution.clamped.astype(jnp.int32),
+        )
+
+    compiled = jax.jit(step, static_argnums=0)
+
+    def update(updates: Tree, state: State, params: Tree = None, **extra_args: Any) -> tuple[Tree, State]:
         if params is None:
             raise ValueError("expected params: tx.update(grads, state, params)")
         wanted = "state: expected what this transformation's init returns"
         if not isinstance(state, State):
             raise TypeError(f"{wanted}, got {type(state).__name__}")
-        ((trees, scale),) = state.reference.items()
+        ((trees, reference),) = state.reference.items()
         if trees.method != type(method).__name__:
             raise TypeError(f"{wanted}, got one of {trees.method}")
         for name, has, moment in (("m", method.has_m, state.m), ("v", method.has_v, state.v)):
@@ -273,38 +345,51 @@ def _transformation(
         # None where the parameter takes no step of its own: its paths keep their values
         gradients = [None if g is None else jnp.asarray(g) for g in structure.flatten_up_to(updates)]
         _check_shapes(trees, weights, gradients)
-        moments = [[None] * len(weights) if x is None else structure.flatten_up_to(x) for x in (state.m, state.v)]
-        now = make(lr=learning_rate(state.count)) if callable(learning_rate) else method
-        new, solution = stages.step(
-            convert(trees.layout, jnp.asarray),
-            stages.Scale(jnp.stack([scale.in_weights, scale.out_weights]), scale.c),
-            weights,
-            gradients,
-            gradients,
-            None,
-            list(zip(*moments, strict=True)),
-            [now.at(state.count + 1)] * len(weights),
-            limit(options.max_ratio),
-            options.clip_norm,
+        m, v = ([None] * len(weights) if x is None else structure.flatten_up_to(x) for x in (state.m, state.v))
+        # on one device operation by operation, as usual; on several, not every operation takes sharded arrays
+        run = compiled if any(_is_on_several_devices(w) for w in weights) else step
+        run = _on_automatic_axes(run, weights)
+        updates, m, v, taken, clamped = run(trees, reference, weights, gradients, m, v, state.count)
+        return structure.unflatten(updates), State(
+            state.count + taken,
+            state.clamped + clamped,
+            state.skipped + 1 - taken,
+            state.reference,
+            None if state.m is None else structure.unflatten(m),
+            None if state.v is None else structure.unflatten(v),
         )
-        new_weights, new_moments = zip(*new, strict=True)
-        finite = solution.finite
-        for g in gradients:
-            finite &= True if g is None else jnp.isfinite(g).all()
-
-        def changed(old: Array, value: Array) -> Array:
-            return jnp.where(finite, value.astype(old.dtype), old)
-
-        m, v = (
-            None if olds is None else structure.unflatten(map(changed, old, value))
-            for olds, old, value in zip((state.m, state.v), moments, zip(*new_moments, strict=True), strict=True)
-        )
-        updates = structure.unflatten(changed(w, x) - w for w, x in zip(weights, new_weights, strict=True))
-        clamped = jnp.where(finite, solution.clamped, 0).astype(jnp.int32)
-        counts = state.count + finite, state.clamped + clamped, state.skipped + ~finite
-        return updates, State(*counts, state.reference, m, v)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _is_on_several_devices(x: Any) -> bool:
+    is_placed = isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer)
+    return is_placed and isinstance(x.sharding, jax.sharding.NamedSharding) and len(x.sharding.device_set) > 1
+
+
+def _replicated(mesh: Any) -> jax.sharding.NamedSharding:
+    """A whole array on every device."""
+    return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())  # type: ignore[no-untyped-call]
+
+
+def _on_automatic_axes(step: Callable[..., Any], weights: Sequence[Array]) -> Callable[..., Any]:
+    """`step` where axes of a mesh are explicit: inside, the compiler places arrays; results lie as the weights."""
+    shardings = [jax.typeof(w).sharding for w in weights]
+    meshes = {s.mesh for s in shardings if s.mesh.explicit_axes}
+    if not meshes:
+        return step
+    if len(meshes) > 1:
+        raise ValueError(f"params: expected arrays on one mesh, got {meshes}")
+    (mesh,) = meshes
+    one = _replicated(mesh)
+
+    def on_mesh(trees: Trees, reference: Reference, w: Arrays, g: Arrays, m: Arrays, v: Arrays, count: Array) -> Any:
+        places = [[s if x is not None else None for x, s in zip(xs, shardings, strict=True)] for xs in (m, v)]
+        out = (shardings, *places, one, one)
+        run = jax.sharding.auto_axes(partial(step, trees), axes=mesh.explicit_axes, out_sharding=out)
+        return run(reference, w, g, m, v, count)
+
+    return on_mesh
 
 
 def _check_shapes(trees: Trees, weights: Sequence[Array], gradients: Sequence[Array | None]) -> None:

@@ -93,7 +93,7 @@ class _PathOptimizer:
 
     @property
     def lr(self) -> float:
-        """The learning rate of the next step; assign to it for a schedule."""
+        """The learning rate of the next step; assign to it for a schedule. Anything but a number >= 0 is an error."""
         return float(self._method.lr)
 
     @lr.setter
@@ -119,9 +119,13 @@ class _PathOptimizer:
 
         Raises
         ------
+        ValueError
+            A gradient is missing, of another shape than its parameter, or lies over a parameter in memory.
+        TypeError
+            A gradient is of another dtype than its parameter, or no array on the CPU.
         FloatingPointError
-            A gradient or a path ratio is not finite. The weights stay as they were. (A learning rate so large that
-            ordinary weights overflow is noticed at the step after.)
+            A gradient or a path ratio is not finite; a learning rate so large that ordinary weights overflow is
+            noticed at the step after. The weights and the state stay as they were after every error.
         """
         if not isinstance(grads, dict) or grads.keys() != self._arrays.keys():
             check_names(grads, self._arrays)
@@ -156,7 +160,11 @@ class _PathOptimizer:
         self.stats.clamped += clamped
 
     def state_dict(self) -> dict[str, Any]:
-        """Hyperparameters, skeleton, reference scale and moments: copies, of plain Python and NumPy types."""
+        """Hyperparameters, skeleton, reference scale and moments: copies, of plain Python and NumPy types.
+
+        With H = ``net.num_units``: "in_edges" and "out_edges" of shape (H, 2); "in_weights", "out_weights" and "c" of
+        shape (H,), see `gsgd.coordinates.Coordinates`; "m" and "v", by name of the shapes of the parameters, or None.
+        """
         moments = {
             key: None if found[0] is None else {n: np.array(x) for n, x in zip(self._arrays, found, strict=True)}
             for key, found in (("m", self._m), ("v", self._v))
@@ -174,7 +182,13 @@ class _PathOptimizer:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from `state_dict`: with the weights of that moment, every further step has the same bits."""
+        """Continue from `state_dict`: with the weights of that moment, every further step has the same bits.
+
+        Raises
+        ------
+        ValueError, TypeError
+            `state` is of another method, network or set of parameters, or incomplete. Nothing has changed.
+        """
         if not isinstance(state, Mapping):
             raise TypeError(f"state_dict: expected a mapping, got {type(state).__name__}")
         state = {"clip_norm": None, **state}  # version 0.1 had none
@@ -203,15 +217,19 @@ class GSGD(_PathOptimizer):
     Parameters
     ----------
     params : mapping of str to array
-        Writable float32 or float64 arrays, or objects that export a writable CPU buffer or DLPack. They are updated in
-        place by `step`. A parameter that `net` does not mention takes plain SGD steps with the same hyperparameters.
+        Writable float32 or float64 arrays of the shapes in ``net.shapes``, or objects that export a writable CPU buffer
+        or DLPack. `step` updates them in place. A parameter that `net` does not mention, of any shape, takes plain SGD
+        steps with the same hyperparameters.
     net : Network
         Which weight meets which unit.
     lr : float
-        Learning rate. Assign to it for a schedule.
-    momentum, nesterov, weight_decay
-        As in SGD, on the coordinates x of METHOD.md, section 4. Weight decay acts on ordinary paths only: basis-path
-        regularization (the paper's section 11.5).
+        Learning rate, >= 0. Assign to it for a schedule.
+    momentum : float
+        Of the coordinates x of METHOD.md, section 4, >= 0.
+    nesterov : bool
+        Whether the momentum is Nesterov's.
+    weight_decay : float
+        Acts on ordinary paths only: basis-path regularization (Zheng et al., 2018; the paper's section 11.5).
     scale : {"balanced", "initial", "ones"}
         On what scale path values are measured. "balanced": that of the rescaling with the least sum of squares, so
         that training does not depend on the scale of the start. "initial": that of the weights as they are. "ones": the
@@ -220,9 +238,9 @@ class GSGD(_PathOptimizer):
         Which weights make the skeleton, see `Skeleton`. With ``scale="balanced"`` the largest are those of the
         balanced network.
     threads : int, optional
-        At most so many; OMP_NUM_THREADS or all processors by default. Results do not depend on it. Steps are timed, and
-        one thread takes them while several take longer, as when other processes keep the cores busy. The child of a
-        fork takes its steps with one.
+        The largest number of threads that a step may use; by default OMP_NUM_THREADS, or the number of processors.
+        Results do not depend on it. Steps are timed, and run on one thread while several would take longer, as when
+        other processes keep the cores busy. The child of a fork uses one.
     max_ratio : float or None or "auto"
         Limits the magnitude of path ratios R to ``[1 / max_ratio, max_ratio]``; the sign stays, and 0 counts as
         positive (METHOD.md, section 3). Limited ratios are counted in `stats`. None: no limit, as in the paper. "auto":
@@ -236,8 +254,12 @@ class GSGD(_PathOptimizer):
 
     Raises
     ------
-    ValueError, TypeError
-        Names, shapes, dtypes, memory or hyperparameters are not as they should be; nothing is changed.
+    TypeError
+        A parameter is no writable float32 or float64 array on the CPU, `net` is no Network, or a hyperparameter is no
+        number.
+    ValueError
+        A parameter is missing, of another shape than in `net`, read-only, not finite, or shares memory with another;
+        or a hyperparameter or an option is out of its range. Nothing has changed.
     """
 
     def __init__(
@@ -275,13 +297,18 @@ class GAdam(_PathOptimizer):
         See `GSGD`.
     lr : float
     betas : (float, float)
-        Decay rates of the first and the second moment.
+        Decay rates of the first and the second moment, in [0, 1).
     eps : float
         Added to the root of the second moment.
     weight_decay : float
         Of the coordinates of ordinary paths.
     decoupled : bool
         Whether it is AdamW's (the default) or added to the gradient, as in Adam.
+
+    Raises
+    ------
+    ValueError, TypeError
+        As in `GSGD`.
     """
 
     def __init__(
@@ -310,12 +337,18 @@ class GRMSprop(_PathOptimizer):
         See `GSGD`.
     lr : float
     alpha : float
-        Decay rate of the second moment.
+        Decay rate of the second moment, in [0, 1).
     eps : float
         Added to the root of the second moment.
     weight_decay : float
         Of the coordinates of ordinary paths, added to the gradient.
     momentum : float
+        Of the steps, >= 0.
+
+    Raises
+    ------
+    ValueError, TypeError
+        As in `GSGD`.
     """
 
     def __init__(

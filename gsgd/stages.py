@@ -18,7 +18,7 @@ import numpy as np
 from array_api_compat import array_namespace, device
 from numpy.typing import NDArray
 
-from gsgd.entries import along, at_edges, product, real_type, set_edges
+from gsgd.entries import along, at_edges, cut, largest, product, real_type, set_edges
 from gsgd.layout import IN, OUT, Array, ArrayLayout, Layout
 from gsgd.methods import Method, Moments
 
@@ -42,7 +42,7 @@ class Gathered:
     """What a step needs of the arrays per unit; of parts of them, these add up to those of the whole.
 
     S, the sum per chain root; weights of tree edges, (2, H + 1); of in-edges the gradient and the moments. They are 0
-    where there is no edge.
+    where there is no edge. And, not per unit, the largest gradients, which shows whether all are finite.
     """
 
     s: Array
@@ -50,6 +50,7 @@ class Gathered:
     g: Array
     m: Array | None
     v: Array | None
+    largest: Array
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,7 @@ def gather(t: Layout, weights: Sequence[Array], sums: Sequence[Array | None], mo
         s = xp.sum(s[rows], axis=1)
     m, v = (None if all(x is None for x in own) else at_edges(t, own, weights) for own in zip(*moments, strict=True))
     g, m, v = (None if x is None else xp.astype(x, real)[t.edge[IN, ...]] for x in (in_g, m, v))
-    return Gathered(s, xp.astype(in_w, real)[t.edge], g, m, v)
+    return Gathered(s, xp.astype(in_w, real)[t.edge], g, m, v, largest(sums, weights))
 
 
 def relative(t: Layout, scale: Scale, weights: Array) -> tuple[Array, Array]:
@@ -166,7 +167,7 @@ def solve(
     known = xp.stack([r, x, rho, a, b, in_weights])
     inverse = 1 / known[2:5, ...]
     checked = xp.concat([known, inverse])
-    finite = xp.max(xp.abs(checked)) < math.inf
+    finite = xp.max(xp.abs(xp.concat([xp.reshape(checked, (-1,)), found.largest]))) < math.inf
     finite = finite if clip is None else finite & xp.isfinite(clip)
     if {*types} != {x.dtype}:  # they may overflow there
         finite = finite & (xp.max(xp.abs(checked[3:, ...])) <= min(xp.finfo(dtype).max for dtype in types))
@@ -188,24 +189,24 @@ def among(xp: Any, ids: Array, wanted: Sequence[int], count: int) -> Array:
 def spread(t: Layout, solution: Solution, weights: Sequence[Array]) -> Iterator[Factors]:
     """The solution as every array sees it."""
     xp = array_namespace(*weights)
-    tables: dict[Any, list[Array]] = {}
-    for a, w in zip(t.arrays, weights, strict=True):
-        if w.dtype not in tables:
-            inverse = xp.astype(solution.inverse, w.dtype)
-            edges = (solution.weights, solution.m, solution.v)
-            tables[w.dtype] = [
-                inverse[2, ...][t.rows],
-                inverse[1, ...][t.cols],
-                inverse[0, ...][t.cols],
-                *(None if x is None else xp.astype(xp.reshape(x, (-1,))[t.owner], w.dtype) for x in edges),
-                None if solution.clip is None else xp.astype(solution.clip, w.dtype),
-            ]
-        spans = (a.rows, a.cols, a.cols, a.edges, a.edges, a.edges)
-        *own, clip = tables[w.dtype]
-        row, col, rho, *at = (
-            None if x is None or span is None else span.of(xp, x) for x, span in zip(own, spans, strict=True)
+    parts = {}
+    for dtype in {w.dtype for w in weights}:
+        inverse = xp.astype(solution.inverse, dtype)
+        edges = (None if x is None else xp.astype(x, dtype) for x in (solution.weights, solution.m, solution.v))
+        rows, cols, places = ([getattr(a, name) for a in t.arrays] for name in ("rows", "cols", "edges"))
+        none = [None] * len(weights)
+        parts[dtype] = list(
+            zip(
+                cut(inverse[2, ...], t.rows, rows),
+                cut(inverse[1, ...], t.cols, cols),
+                cut(inverse[0, ...], t.cols, cols),
+                *(none if x is None else cut(xp.reshape(x, (-1,)), t.owner, places) for x in edges),
+                none if solution.clip is None else [xp.astype(solution.clip, dtype)] * len(weights),
+                strict=True,
+            )
         )
-        yield Factors(row, col, rho, at[0], at[1], at[2], clip)
+    for i, w in enumerate(weights):
+        yield Factors(*parts[w.dtype][i])
 
 
 def apply(

@@ -22,9 +22,8 @@ def table(net: Network) -> str:
         reads = "constant" if layer.kind in ("bias", "batch_norm", "norm") else _describe(net, cols)
         kind = layer.kind + (f" ({layer.batch_norm})" if layer.batch_norm else "")
         shape = " x ".join(map(str, layer.shape))
-        rows.append(
-            (layer.name, kind, shape, f"{math.prod(layer.shape):,}", reads, _describe(net, layer.parts[0].rows))
-        )
+        writes = _describe(net, np.unique(np.concatenate([part.rows for part in layer.parts])))
+        rows.append((layer.name, kind, shape, f"{math.prod(layer.shape):,}", reads, writes))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
     lines.insert(1, "  ".join("-" * w for w in widths))
@@ -39,7 +38,7 @@ def table(net: Network) -> str:
 
 
 def _describe(net: Network, nodes: Ids) -> str:
-    """How many units these nodes are, and how many are pinned for which reason."""
+    """How many units these nodes are, and how many of the nodes are pinned for which reason."""
     units = net.nodes.numbering.unit_of_node[nodes]
     parts = [f"{len(np.unique(units[units >= 0]))} units"] if (units >= 0).any() else []
     reasons = Counter(net.nodes.why(node) for node in nodes[units < 0].tolist())

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 
+MOST = 4096
+
 _forked = False
 
 
@@ -18,8 +20,8 @@ os.register_at_fork(after_in_child=_after_fork)
 
 def default_threads() -> int:
     """OMP_NUM_THREADS, or the number of processors that this process may use."""
-    first = os.environ.get("OMP_NUM_THREADS", "").split(",")[0]
-    if first.isdigit() and int(first) > 0:
+    first = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
+    if first.isdecimal() and 1 <= int(first) <= MOST:
         return int(first)
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
@@ -33,6 +35,6 @@ def check_threads(threads: int) -> int:
     """`threads`, if it is a number of threads."""
     if not isinstance(threads, int):
         raise TypeError(f"threads: expected an integer, got {threads!r}")
-    if not 1 <= threads <= 4096:
-        raise ValueError(f"threads: expected 1 to 4096, got {threads!r}")
+    if not 1 <= threads <= MOST:
+        raise ValueError(f"threads: expected 1 to {MOST}, got {threads!r}")
     return threads

@@ -36,17 +36,18 @@ class Units:
     def __init__(self) -> None:
         self._parent: list[int] = []  # union-find over nodes; a root is its unit's first node
         self._labels: list[str] = []
-        self._groups: set[str] = set()  # the labels without their channels
+        self._groups: dict[str, int] = {}  # the labels without their channels -> how many were asked for
         self._reasons: dict[int, str] = {}  # root -> why it is pinned
         self._numbering: Numbering | None = None
 
     def new(self, count: int, label: str) -> Ids:
         """`count` nodes, each a unit of its own, labelled ``label[0]``, ...: with a number if there is such a label."""
-        first, group, number = len(self._parent), label, 1
+        first, group, number = len(self._parent), label, self._groups.get(label, 0)
         while group in self._groups:
             number += 1
             group = f"{label} {number}"
-        self._groups.add(group)
+        self._groups[label] = max(1, number)
+        self._groups.setdefault(group, 1)
         self._parent.extend(range(first, first + count))
         self._labels.extend(f"{group}[{i}]" for i in range(count))
         self._numbering = None

@@ -8,10 +8,9 @@ from hypothesis import HealthCheck, settings
 
 from gsgd.torch.engines import Engine, choose
 
-settings.register_profile(
-    "gsgd", deadline=None, derandomize=True, max_examples=60, suppress_health_check=list(HealthCheck)
-)
-settings.load_profile("gsgd")
+settings.register_profile("random", deadline=None, max_examples=200, suppress_health_check=list(HealthCheck))
+settings.register_profile("fixed", settings.get_profile("random"), derandomize=True, max_examples=60)
+settings.load_profile("fixed")
 torch.set_num_threads(1)
 
 

@@ -187,7 +187,5 @@ FRAMEWORKS: dict[str, Callable[..., Any]] = {
     "Optax": OnOptax,
 }
 WAYS = [
-    (name, way)
-    for name, kind in FRAMEWORKS.items()
-    for way in (kind.func if isinstance(kind, partial) else kind).ways  # type: ignore[attr-defined]
+    (name, way) for name, kind in FRAMEWORKS.items() for way in (kind.func if isinstance(kind, partial) else kind).ways
 ]

@@ -218,7 +218,7 @@ def edges(net: gsgd.Network, nodes: bool = False) -> tuple[Array, Array]:
         at = block.view(np.arange(_size(net.shapes[block.name])).reshape(net.shapes[block.name]))
         ends[block.name][0].reshape(-1)[at] = src.reshape(groups, 1, cols, 1, 1, 1)
         ends[block.name][1].reshape(-1)[at] = dst.reshape(groups, rows, 1, 1, 1, 1)
-    return tuple(np.concatenate([ends[n][i].ravel() for n in net.shapes]) for i in (0, 1))  # type: ignore[return-value]
+    return tuple(np.concatenate([ends[n][i].ravel() for n in net.shapes]) for i in (0, 1))
 
 
 def modulo_trees(net: gsgd.Network) -> tuple[Tree, Tree]:

@@ -231,13 +231,13 @@ def test_resuming_equals_not_stopping(backend: str, carry: Callable[[Any], Any],
     """The state goes into an optimizer that was made from other weights and other settings of the trees."""
     net = medium()
     one = he(net)
-    opt = gsgd.GSGD(one, net, **HYPER, scale=scale, rule="largest", backend=backend)  # type: ignore[arg-type]
+    opt = gsgd.GSGD(one, net, **HYPER, scale=scale, rule="largest", backend=backend)
     for seed in range(2):
         opt.step(noise(one, seed))
     state = carry(opt.state_dict())
     saved = {name: value.copy() for name, value in one.items()}
     other = he(net, seed=9)
-    again = gsgd.GSGD(other, net, **HYPER, scale=scale, rule="largest", backend=backend)  # type: ignore[arg-type]
+    again = gsgd.GSGD(other, net, **HYPER, scale=scale, rule="largest", backend=backend)
     for name, value in saved.items():
         other[name][...] = value
     again.load_state_dict(state)

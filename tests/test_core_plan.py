@@ -1,8 +1,5 @@
 """The binding checks everything: each misuse of the C core's plan is an error, and nothing is written."""
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +16,8 @@ BLOCKS: list[Any] = [
     (1, EXTENTS, AXES, STEPS, 0, 0, PINNED, UNITS),
 ]
 NONE = [None, None]
+# in-edges and out-edges that are elsewhere, their other ends, the array of in-edges, whether these are free
+SHARD: list[Any] = [np.full((3, 2), -1), np.full((3, 2), -1), PINNED, PINNED, 0 * UNITS, np.zeros(3, bool)]
 
 
 def arrays(value: float = 1.0) -> list[Any]:
@@ -152,6 +151,9 @@ def test_addresses_are_as_good_as_arrays() -> None:
         (0, lambda r: r.step()),
         (1, lambda r: r.step()),
         (0, lambda r: r.plan.set_reference(*np.ones((3, 3)))),
+        (1, lambda r: r.plan.gather(r.weights, arrays(), None, NONE, NONE, np.inf, None, 1)),
+        (1, lambda r: r.plan.solve(np.ones((6, 4)), None, rates(), np.inf, np.inf)),
+        (1, lambda r: r.plan.apply(r.weights, arrays(), NONE, NONE, rates(), np.ones((9, 4)), 1)),
         (0, lambda r: r.plan.path_values(r.weights, arrays(), None)),
         (0, lambda r: r.plan.path_gradients(r.weights, arrays(), arrays(), None, arrays())),
         (0, lambda r: r.plan.allocate(r.weights, arrays(), arrays())),
@@ -189,6 +191,33 @@ def test_calls_come_in_order(stage: int, call: Callable[[Ready], Any]) -> None:
         lambda p, w: p.choose_trees(NONE, False, None),
         lambda p, w: p.choose_trees(w, False, np.zeros(3)),
         lambda p, w: p.choose_trees(w, False, np.ones(2)),
+        lambda p, w: p.gather(w, arrays(), None, NONE, NONE, np.inf, None, 0),
+        lambda p, w: p.gather(w, arrays(), None, NONE, NONE, 0.0, None, 1),
+        lambda p, w: p.gather(w, arrays(), NONE, NONE, NONE, np.inf, None, 1),
+        lambda p, w: p.gather(w, arrays(), None, NONE, NONE, 1.0, np.ones((2, 3)), 1),
+        lambda p, w: p.gather(w, arrays(), None, NONE, NONE, 1.0, np.ones((1, 4)), 1),
+        lambda p, w: p.gather(w, arrays(), None, NONE, NONE, 1.0, np.ones((2, 4), np.float32), 1),
+        lambda p, w: p.solve(np.ones((5, 4)), None, rates(), np.inf, np.inf),
+        lambda p, w: p.solve(np.ones((6, 3)), None, rates(), np.inf, np.inf),
+        lambda p, w: p.solve(np.ones((4, 6)).T, None, rates(), np.inf, np.inf),
+        lambda p, w: p.solve(None, None, rates(), np.inf, np.inf),
+        lambda p, w: p.solve(np.ones((6, 4)), None, rates(7), np.inf, np.inf),
+        lambda p, w: p.solve(np.ones((6, 4)), np.ones(4), rates(), np.inf, np.inf),
+        lambda p, w: p.solve(np.ones((6, 4)), None, rates(), 1.0, np.inf),
+        lambda p, w: p.apply(w, arrays(), NONE, NONE, rates(), np.ones((8, 4)), 1),
+        lambda p, w: p.apply(w, arrays(), NONE, NONE, rates(1), np.ones((9, 4)), 1),
+        lambda p, w: p.apply(w, arrays(), NONE, NONE, rates(), np.ones((9, 4)), 0),
+        lambda p, w: p.apply(w, [w[1], arrays()[0]], NONE, NONE, rates(), np.ones((9, 4)), 1),
+        lambda p, w: p.apply([np.broadcast_to(1.0, (3, 3))] * 2, arrays(), NONE, NONE, rates(), np.ones((9, 4)), 1),
+        lambda p, w: p.set_shard(*SHARD[:5], np.zeros(3, np.int64), None),
+        lambda p, w: p.set_shard(*SHARD[:6], np.ones(3, bool)),
+        lambda p, w: p.set_shard(*SHARD[:2], UNITS[:2], *SHARD[3:], None),
+        lambda p, w: p.set_shard(*SHARD[:2], UNITS + 1, *SHARD[3:], None),
+        lambda p, w: p.set_shard(*SHARD[:3], PINNED - 1, *SHARD[4:], None),
+        lambda p, w: p.set_shard(*SHARD[:4], UNITS, SHARD[5], None),
+        lambda p, w: p.set_shard(*SHARD[:5], np.ones(3, bool), None),
+        lambda p, w: p.set_shard(np.full((3, 2), 9), *SHARD[1:], None),
+        lambda p, w: p.set_shard(SHARD[0], np.zeros((3, 2), np.int64), *SHARD[2:], None),
         lambda p, w: p.set_trees(None, None),
         lambda p, w: p.set_trees(np.zeros((2, 2), np.int64), np.zeros((3, 2), np.int64)),
         lambda p, w: p.set_reference(np.ones(3), np.ones(3), np.array([1, 1, np.inf])),
@@ -255,36 +284,3 @@ NO_UNITS = np.zeros(0, np.int64)
 def test_a_description_that_is_refused(units: Any, specs: Any, blocks: Any) -> None:
     with pytest.raises((TypeError, ValueError)):
         _core.Plan(units, specs, blocks)
-
-
-FORK = """
-import os, threading, time, numpy as np, gsgd
-params = {"a": np.random.default_rng(0).normal(size=(1500, 1500)), "b": np.ones((10, 1500))}
-opt = gsgd.GSGD(params, gsgd.Network.sequential(params), threads=1, scale="initial", lr=1e-9)
-grads = {name: np.zeros_like(value) for name, value in params.items()}
-opt.step(grads)
-stop = False
-def run():
-    while not stop:
-        opt.step(grads)
-thread = threading.Thread(target=run)
-thread.start()
-failed = 0
-for _ in range(8):
-    child = os.fork()
-    if child == 0:
-        try:
-            opt.step(grads)
-        except RuntimeError:
-            os._exit(1)
-        os._exit(0)
-    failed += os.waitpid(child, 0)[1] != 0
-stop = True
-thread.join()
-assert failed == 0, failed
-"""
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_a_child_steps_whatever_its_parents_threads_were_at() -> None:
-    subprocess.run([sys.executable, "-W", "ignore", "-P", "-c", FORK], check=True, timeout=60)

@@ -107,7 +107,7 @@ def test_largest_magnitudes_become_equal(model: Model, seed: int) -> None:
 def test_norm_is_checked() -> None:
     model = mlp(2, 3, 2)
     with pytest.raises(ValueError, match="norm: expected 2 or 'max', got 1"):
-        gsgd.balance(model.copy(), model.net, norm=1)  # type: ignore[arg-type]
+        gsgd.balance(model.copy(), model.net, norm=1)
 
 
 def test_pytrees() -> None:

@@ -14,7 +14,7 @@ import gsgd
 
 jax = pytest.importorskip("jax", reason="JAX is not installed")
 gjax = pytest.importorskip("gsgd.jax")
-jax_trace = pytest.importorskip("gsgd.jax.trace")
+jax_rules = pytest.importorskip("gsgd.jax.rules")
 jnp, lax = jax.numpy, jax.lax
 jax.config.update("jax_disable_most_optimizations", True)  # compiling is what takes time here
 
@@ -158,8 +158,8 @@ def test_transformers_and_norms(name: str) -> None:
 def test_flax() -> None:
     nn = pytest.importorskip("flax.linen", reason="Flax is not installed")
 
-    class Block(nn.Module):  # type: ignore[misc, name-defined, unused-ignore]
-        @nn.compact  # type: ignore[untyped-decorator, unused-ignore]
+    class Block(nn.Module):
+        @nn.compact
         def __call__(self, x: Any) -> Any:
             x = nn.Dense(WIDTH)(x)
             x = x + nn.MultiHeadDotProductAttention(2)(h := nn.LayerNorm()(x), h)
@@ -173,7 +173,7 @@ def test_flax() -> None:
 def test_flax_nnx() -> None:
     nnx = pytest.importorskip("flax.nnx", reason="Flax is not installed")
 
-    class Block(nnx.Module):  # type: ignore[misc, name-defined, unused-ignore]
+    class Block(nnx.Module):
         def __init__(self, rngs: Any) -> None:
             self.i, self.o = nnx.Linear(5, WIDTH, rngs=rngs), nnx.Linear(WIDTH, 2, rngs=rngs)
             self.n1, self.n2, self.n3 = (nnx.LayerNorm(WIDTH, rngs=rngs) for _ in range(3))
@@ -347,14 +347,14 @@ MUTANTS: dict[str, tuple[Callable[[Rule], Rule], Op]] = {
 
 
 def test_every_rule_has_a_mutant() -> None:
-    rules = jax_trace.RULES
+    rules = jax_rules.RULES
     assert {rule.__name__ for rule in rules.values()} == {rules[name].__name__ for name in MUTANTS}
 
 
 @pytest.mark.parametrize("name", MUTANTS)
 def test_verify_finds_rules_that_say_too_little(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     mutant, op = MUTANTS[name]
-    params, rules = random({"i": (5, 6), "w": (6, 6), "f": (1, 6, 6), "o": (6, 2)}), jax_trace.RULES
+    params, rules = random({"i": (5, 6), "w": (6, 6), "f": (1, 6, 6), "o": (6, 2)}), jax_rules.RULES
     apply = between(op)
     gjax.verify(apply, params, gjax.trace(apply, params, X), X)
     for known, rule in list(rules.items()):

@@ -112,7 +112,7 @@ def masked(p: Params, x: Any) -> Any:
     return jnp.where(h > 0, h, 0.1 * h) @ p["w2"]
 
 
-@jax.checkpoint  # type: ignore[untyped-decorator, unused-ignore]
+@jax.checkpoint
 def layer(w: Any, x: Any) -> Any:
     return jax.nn.relu(x @ w)
 
@@ -339,7 +339,7 @@ def test_a_wrong_network_is_caught() -> None:
         gjax.verify(cnn, params, wrong, images(4, 4, 4))
     net = gjax.trace(cnn, params, images(4, 4, 4))
 
-    @jax.custom_vjp  # type: ignore[untyped-decorator, unused-ignore]
+    @jax.custom_vjp
     def straight(h: Any) -> Any:
         return jax.nn.relu(h)
 
@@ -361,8 +361,8 @@ def test_a_wrong_network_is_caught() -> None:
 def test_flax() -> None:
     nn = pytest.importorskip("flax.linen", reason="Flax is not installed")
 
-    class Model(nn.Module):  # type: ignore[misc, name-defined, unused-ignore]
-        @nn.compact  # type: ignore[untyped-decorator, unused-ignore]
+    class Model(nn.Module):
+        @nn.compact
         def __call__(self, x: Any) -> Any:
             h = nn.relu(nn.Conv(4, (3, 3))(x))
             r = nn.relu(nn.BatchNorm(use_running_average=False)(nn.Conv(4, (3, 3))(h)))

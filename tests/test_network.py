@@ -136,10 +136,10 @@ def test_ties_pass_a_pin_on() -> None:
     ],
 )
 def test_sequential(shapes: dict[str, tuple[int, ...]], layout: str) -> None:
-    net = gsgd.Network.sequential(shapes, layout=layout)  # type: ignore[arg-type]
+    net = gsgd.Network.sequential(shapes, layout=layout)
     assert net.shapes == shapes
     assert net.num_units == 8 + 8 + 5
-    order = gsgd.Network.sequential({name: np.zeros(shape) for name, shape in shapes.items()}, layout=layout)  # type: ignore[arg-type]
+    order = gsgd.Network.sequential({name: np.zeros(shape) for name, shape in shapes.items()}, layout=layout)
     assert order.shapes == shapes
     src, _ = edges(net)
     at = sum(int(np.prod(shapes[name])) for name in ("a", "a.b", "b"))
@@ -216,7 +216,7 @@ def _state(net: gsgd.Network) -> str:
         (lambda net, h: gsgd.Network.sequential([(3, 2)], layout="hw"), "layout 'hw'"),
     ],
 )
-def test_mistakes_are_named_and_leave_the_network_as_it_was(mistake, message: str) -> None:  # type: ignore[no-untyped-def]
+def test_mistakes_are_named_and_leave_the_network_as_it_was(mistake, message: str) -> None:
     net, h = _net()
     before = _state(net)
     with pytest.raises((ValueError, TypeError), match=message):
@@ -249,7 +249,7 @@ def test_a_network_without_weights() -> None:
 def test_wrong_types_are_named() -> None:
     net, _ = _net()
     with pytest.raises(TypeError, match=r"w2: .*ndarray"):
-        net.dense("w2", np.zeros(4), 2)  # type: ignore[arg-type]
+        net.dense("w2", np.zeros(4), 2)
 
 
 def test_a_unit_that_nobody_writes_is_an_error() -> None:

@@ -247,7 +247,7 @@ def test_a_loop_of_flax_nnx() -> None:
     nnx = pytest.importorskip("flax.nnx", reason="Flax is not installed")
     gjax = pytest.importorskip("gsgd.jax")
 
-    class Model(nnx.Module):  # type: ignore[misc, name-defined, unused-ignore]
+    class Model(nnx.Module):
         def __init__(self, rngs: Any) -> None:
             self.first, self.norm = nnx.Linear(5, 6, rngs=rngs), nnx.BatchNorm(6, rngs=rngs)
             self.second, self.last = nnx.Linear(6, 4, rngs=rngs), nnx.Linear(4, 2, rngs=rngs)
@@ -267,7 +267,7 @@ def test_a_loop_of_flax_nnx() -> None:
     assert (net.num_units, set(net.shapes)) == (6 + 4, set(gjax.names(params)))
     optimizer = nnx.Optimizer(model, gopt.gsgd(0.05, net, momentum=0.9), wrt=nnx.Param)
 
-    @nnx.jit  # type: ignore[untyped-decorator, unused-ignore]
+    @nnx.jit
     def step(model: Any, optimizer: Any) -> Any:
         value, grads = nnx.value_and_grad(lambda m: jnp.mean((m(x) - jnp.sin(x[:, :2])) ** 2))(model)
         optimizer.update(model, grads)

@@ -138,7 +138,7 @@ def sigmoid() -> tuple[Model, gsgd.Network]:
 
 
 @pytest.mark.parametrize("wrong", [without_its_sum, flattened_otherwise, sigmoid])
-def test_symmetry_residual_finds_a_wrong_description(wrong) -> None:  # type: ignore[no-untyped-def]
+def test_symmetry_residual_finds_a_wrong_description(wrong) -> None:
     model, net = wrong()
     grads = model.gradients(model.params)
     assert gsgd.symmetry_residual(model.params, grads, model.net).max(initial=0) < 1e-12

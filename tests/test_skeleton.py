@@ -115,8 +115,8 @@ def test_a_zero_weight_is_no_skeleton_weight(backend: str) -> None:
     model.params[first][1, 1] = 0  # the diagonal candidate of unit 1
     model.params[second][2, :] = 0  # all in-edges of unit 4 + 2
     for rule in ("modulo", "largest"):
-        sk, _ = skeleton(model, rule, backend)  # type: ignore[arg-type]
-        name, at = sk.in_edges[1]  # type: ignore[misc]
+        sk, _ = skeleton(model, rule, backend)
+        name, at = sk.in_edges[1]
         assert name == first
         assert model.params[first][at] != 0
         assert sk.in_edges[6] is None

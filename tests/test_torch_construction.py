@@ -14,7 +14,7 @@ import gsgd.torch.engines.core
 from gsgd.torch import GSGD
 
 
-class DTensor(Tensor):
+class FlatParameter(Tensor):
     """Called as torch's own."""
 
 
@@ -53,12 +53,13 @@ REFUSED: dict[str, tuple[Callable[[nn.Module], Any], dict[str, Any], type[Except
         r"'0.weight': the network expects shape \(4, 2\), got \(2, 4\)",
     ),
     "sparse": (lambda m: replace_first(m, torch.eye(4)[:, :2].to_sparse()), {}, TypeError, "'0.weight'"),
+    "a conjugate": (lambda m: replace_first(m, (torch.ones(4, 2) * 1j).conj()), {}, TypeError, "a conjugate"),
     "no values": (lambda m: replace_first(m, torch.ones(4, 2, device="meta")), {}, TypeError, "'0.weight'"),
-    "sharded": (
-        lambda m: replace_first(m, torch.ones(4, 2).as_subclass(DTensor)),
+    "flat": (
+        lambda m: replace_first(m, torch.ones(4, 2).as_subclass(FlatParameter)),
         {},
         TypeError,
-        "'0.weight' is sharded.*every process holds whole",
+        "'0.weight' is a FlatParameter.*use fully_shard",
     ),
     "expanded": (
         lambda m: replace_first(m, nn.Parameter(torch.ones(4, 1).expand(4, 2))),

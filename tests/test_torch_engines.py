@@ -22,13 +22,13 @@ def test_engines() -> None:
     named = list(model.named_parameters())
     net = trace(model, example(dtype=torch.float32))
     for option, name in (("auto", "core"), ("core", "core"), ("array", "array")):
-        opt = GSGD(named, network=net, engine=option)  # type: ignore[arg-type]
+        opt = GSGD(named, network=net, engine=option)
         assert opt.engine == copy.deepcopy(opt).engine == name
         assert f"engine: {name}\n" in repr(opt)
     with pytest.raises(ValueError, match="engine 'triton'"):
         GSGD(named, network=net, engine="triton")
     with pytest.raises(ValueError, match="engine: expected 'auto'"):
-        GSGD(named, network=net, engine="cuda")  # type: ignore[arg-type]
+        GSGD(named, network=net, engine="cuda")
     half = [(name, p.detach().bfloat16().requires_grad_()) for name, p in named]
     assert GSGD(half, network=net).engine == "array"
     with pytest.raises(ValueError, match=r"engine 'core': .* is of torch.bfloat16 on cpu"):

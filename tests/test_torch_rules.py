@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import gsgd
 from gsgd.torch import SymmetryError, rules, trace, verify
+from gsgd.trace.nodes import Algebra
 
 Op = Callable[[Any, Tensor], Tensor]
 pytestmark = pytest.mark.filterwarnings("ignore:the traced forward pass did not read")
@@ -46,11 +47,11 @@ def zeroed(h: Tensor) -> Tensor:
     return h
 
 
-def filled(h: Tensor, zeros: Tensor) -> Tensor:
+def filled(h: Tensor, zeros: Tensor, other: Tensor) -> Tensor:
     """What was 0 is overwritten through a view."""
     part = zeros[:, :3]
     part += h[:, :3]
-    return torch.where(h > 0, h, zeros)
+    return torch.where(h > 0, zeros, other)
 
 
 NONE: set[str] = set()
@@ -86,6 +87,7 @@ PRODUCTS: dict[str, tuple[Op, dict[str, tuple[int, ...]], int, set[str]]] = {
     "layer scale": (lambda m, h: h + m.g * torch.relu(m.j(h)), {"g": (6,)}, 12, NONE),
     "weights of norm 1": (lambda m, h: F.linear(h, m.g * F.normalize(m.w)), {"w": (6, 6), "g": (6, 1)}, 0, {"w"}),
     "gated": (lambda m, h: F.silu(h @ m.v) * (h @ m.w), {"w": (6, 6), "v": (6, 6)}, 12, NONE),
+    "gated by a half": (lambda m, h: F.glu(h @ m.w, 1), {"w": (6, 12)}, 12, NONE),
     "masked by a product": (lambda m, h: -h * (h > 0), {}, 6, NONE),
     "masked by where": (lambda m, h: torch.where(-h > 0, h, torch.zeros_like(h)), {}, 6, NONE),
     "masked by a number": (lambda m, h: (-h).masked_fill(h <= 0, 0), {}, 6, NONE),
@@ -95,8 +97,8 @@ PRODUCTS: dict[str, tuple[Op, dict[str, tuple[int, ...]], int, set[str]]] = {
     "a threshold": (lambda m, h: F.threshold(-h, 0, 0), {}, 6, NONE),
     "signs": (lambda m, h: h * torch.sign(-h), {}, 6, NONE),
     "the larger of it and 0": (lambda m, h: torch.maximum(h, h.new_zeros(4, 6)), {}, 6, NONE),
-    "zeros no more": (lambda m, h: filled(h, torch.zeros_like(h)), {}, 0, NONE),
-    "constants no more": (lambda m, h: filled(h, torch.zeros(4, 6)), {}, 0, NONE),
+    "zeros no more": (lambda m, h: filled(h, torch.zeros_like(h), m.j(h)), {}, 3, NONE),
+    "constants no more": (lambda m, h: filled(h, torch.zeros(4, 6), m.j(h)), {}, 3, NONE),
 }  # fmt: skip
 
 
@@ -104,7 +106,7 @@ PRODUCTS: dict[str, tuple[Op, dict[str, tuple[int, ...]], int, set[str]]] = {
 def test_products_and_masks(case: str) -> None:
     op, own, units, left = PRODUCTS[case]
     model, x = between(op, **own), torch.randn(4, 5)
-    if case != "layer scale":
+    if case not in ("layer scale", "zeros no more", "constants no more"):
         del model.j
     net = trace(model, x)
     assert net.num_units == units
@@ -192,6 +194,37 @@ def blurred() -> nn.Module:
     return model
 
 
+class ByHand(nn.Module):
+    """RMS norm in primitives, rotated queries and keys, values repeated for a group of queries, a gated FFN."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        shapes = {"i": (5, 8), "q": (8, 16), "k": (8, 8), "v": (8, 8), "p": (16, 8), "u": (8, 12), "g": (8, 12)}
+        shapes |= {"w": (12, 8), "o": (8, 2)}
+        self.layers = nn.ModuleDict({name: nn.Linear(*shape, bias=False) for name, shape in shapes.items()})
+        self.gains = nn.ParameterList(nn.Parameter(torch.ones(WIDTH)) for _ in range(3))
+
+    def normed(self, x: Tensor, which: int) -> Tensor:
+        return self.gains[which] * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)).to(x.dtype)
+
+    def heads(self, name: str, h: Tensor) -> Tensor:
+        return self.layers[name](h).view(2, 3, -1, 4).transpose(1, 2)  # type: ignore[no-any-return]
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.layers["i"](x)
+        h = self.normed(x, 0)
+        q, k, v = (self.heads(name, h) for name in "qkv")
+        angles = torch.arange(3)[:, None] * torch.tensor([1.0, 0.1]).repeat(2)
+        q, k = (t * angles.cos() + torch.cat([-t[..., 2:], t[..., :2]], -1) * angles.sin() for t in (q, k))
+        k, v = (t[:, :, None].expand(2, 2, 2, 3, 4).reshape(2, 4, 3, 4) for t in (k, v))
+        scores = q @ k.transpose(2, 3) + torch.full((3, 3), -1e9).triu(1)
+        x = x + self.layers["p"]((scores.softmax(-1) @ v).transpose(1, 2).reshape(2, 3, -1))
+        h = self.normed(x, 1)
+        x = x + self.layers["w"](F.silu(self.layers["g"](h)) * self.layers["u"](h))
+        return self.layers["o"](self.normed(x, 2))  # type: ignore[no-any-return]
+
+
 BLOCK = 3 * WIDTH + FFN  # two norms, the values, the hidden layer
 TOKENS = (2, 3, 5)
 MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int]] = {
@@ -208,6 +241,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int]] = {
     "encoder, norms last": (lambda: encoder(2, False), TOKENS, 2 * (WIDTH + FFN) + WIDTH),
     "decoder, norms first": (lambda: decoder(True), TOKENS, 5 * WIDTH + FFN + 2 * WIDTH),
     "decoder, norms last": (lambda: decoder(False), TOKENS, 2 * WIDTH + FFN + 2 * WIDTH),
+    "grouped queries and gates, by hand": (ByHand, TOKENS, BLOCK + WIDTH),
     "instance norm": (
         lambda: Call(lambda m, x: m.o(m.n(m.i(x.mT)).relu().mean(-1)),
                      i=nn.Conv1d(5, WIDTH, 1), n=nn.InstanceNorm1d(WIDTH, affine=True), o=nn.Linear(WIDTH, 2)),
@@ -295,7 +329,7 @@ class Random(nn.Module):
                 values.append(BINARY[which - len(UNARY)](a, b))
             else:
                 values.append(LEARNED[kind % len(LEARNED)][0](a, *own))
-        return self.head(values[-1]).mean(1)  # type: ignore[no-any-return]
+        return self.head(values[-1]).mean(1)
 
 
 @given(st.lists(st.tuples(*[st.integers(0, 10_000)] * 3), min_size=3, max_size=10), st.sampled_from(["tie", "pin"]))
@@ -370,6 +404,10 @@ MUTANTS: dict[str, tuple[Callable[[Rule], Rule], Op]] = {
     "flip": (rolled(1), lambda m, h: h.flip(1)),
     "gather": (passed, lambda m, h: h.gather(1, BACKWARD)),
     "group_norm": (passed, lambda m, h: F.group_norm(h, 2)),
+    "glu": (
+        lambda rule: lambda run, func, args, kwargs, out: run.nodes(args[0])[:, :6],
+        lambda m, h: F.glu(torch.cat([h[:, :1].expand(4, 6), h], 1), 1),
+    ),
     "gt": (passed, lambda m, h: h * (h > 0.5)),
     "instance_norm": (passed, maps(lambda m, h: F.instance_norm(h * torch.arange(1.0, 5).view(2, 2)).relu())),
     "interpolate": (rolled(1), maps(lambda m, h: F.interpolate(h, scale_factor=2))),
@@ -403,7 +441,7 @@ def family(rule: Rule) -> object:
 
 def test_every_rule_has_a_mutant() -> None:
     all_rules = {family(rule) for table in TABLES for rule in table.values()}
-    assert all_rules == {family(rules.find_rule(name)) for name in MUTANTS}  # type: ignore[arg-type]
+    assert all_rules == {family(rules.find_rule(name)) for name in MUTANTS}
 
 
 @pytest.mark.parametrize("name", MUTANTS)
@@ -414,8 +452,16 @@ def test_verify_finds_rules_that_say_too_little(name: str, monkeypatch: pytest.M
     verify(model, trace(model, x), x)
     for table in TABLES:
         for known, rule in list(table.items()):
-            if family(rule) == family(rules.find_rule(name)):  # type: ignore[arg-type]
+            if family(rule) == family(rules.find_rule(name)):
                 monkeypatch.setitem(table, known, mutant(rule))
+    wrong = trace(model, x)
+    with pytest.raises(SymmetryError):
+        verify(model, wrong, x)
+
+
+def test_verify_finds_zeros_that_are_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Algebra, "overwrite", lambda *_: None)
+    model, x = between(lambda m, h: filled(h, torch.zeros_like(h), m.j(h))), torch.randn(4, 5)
     wrong = trace(model, x)
     with pytest.raises(SymmetryError):
         verify(model, wrong, x)

@@ -1,5 +1,6 @@
 """Parameters that are cut between processes take the steps of one process: see sharded.py, which every one runs."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -112,3 +113,13 @@ def test_a_checkpoint_goes_to_another_number_of_processes(found: dict[int, list[
     assert loaded["steps"] == (0, 10)
     for w, other in zip(saved, loaded["weights"], strict=True):
         torch.testing.assert_close(other, w, rtol=1e-12, atol=1e-14)
+
+
+def test_the_example_goes_on_from_its_checkpoint() -> None:
+    """On two processes, to the same loss as without the interruption."""
+    program = PROGRAM.parents[1] / "examples" / "fsdp.py"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(program)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=400, check=False)
+    assert done.returncode == 0, done.stderr
+    first, last, expected = map(float, re.findall(r"\d+\.\d+", done.stdout))
+    assert last == expected < first

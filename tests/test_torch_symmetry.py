@@ -28,8 +28,8 @@ def test_as_on_arrays(device: str, norm: str) -> None:
     gsgd.rescale(arrays, net, scales)
     assert_same({name: w.cpu() for name, w in weights(model).items()}, {n: torch.tensor(w) for n, w in arrays.items()})
     np.testing.assert_allclose(equivalence(start, model, net), scales, rtol=1e-12)
-    balance(model, net, norm)  # type: ignore[arg-type]
-    gsgd.balance(arrays, net, norm)  # type: ignore[arg-type]
+    balance(model, net, norm)
+    gsgd.balance(arrays, net, norm)
     assert_same({name: w.cpu() for name, w in weights(model).items()}, {n: torch.tensor(w) for n, w in arrays.items()})
     assert pointers == [p.data_ptr() for p in model.parameters()]
     assert all(model.get_parameter(name)._version > 0 for name in net.shapes)

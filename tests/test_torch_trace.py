@@ -442,7 +442,7 @@ def test_flattened_maps_are_taps_in_both_orders() -> None:
                      i=nn.Conv2d(3, 4, 1), o=nn.Linear(36, 2))  # fmt: skip
         net = Network()
         h = net.conv("i.weight", net.input(3), 4, (1, 1), bias="i.bias")
-        net.output(net.dense("o.weight", net.flatten(h, 9, order), 2, bias="o.bias"))  # type: ignore[arg-type]
+        net.output(net.dense("o.weight", net.flatten(h, 9, order), 2, bias="o.bias"))
         assert [b.dims for b in trace(model, images(3)).blocks] == [b.dims for b in net.blocks]
 
 
@@ -480,7 +480,7 @@ class Output:
     hidden: Any = None
 
 
-class Named(collections.OrderedDict):  # type: ignore[type-arg]
+class Named(collections.OrderedDict):
     """A mapping that torch's trees do not know."""
 
 
@@ -621,9 +621,9 @@ def test_verify_runs_models_that_ask_for_a_dtype() -> None:
     with pytest.raises(ValueError, match=r"does not run in float64.*shapes cannot be multiplied"):
         verify(model, by_hand(5, 6, "i", "o"), vectors(4))
     with pytest.raises(TypeError, match=r"net: expected a gsgd\.Network"):
-        verify(model, model, vectors(5))  # type: ignore[arg-type]
+        verify(model, model, vectors(5))
     with pytest.raises(TypeError, match=r"model: expected a torch\.nn\.Module"):
-        trace(trace(model))  # type: ignore[arg-type]
+        trace(trace(model))
 
 
 def test_gsgd_does_not_import_torch() -> None:
@@ -786,7 +786,7 @@ def test_what_is_left_out_takes_plain_steps() -> None:
         with pytest.raises(ValueError, match=message):
             trace(model, leave_out=names)
     with pytest.raises(TypeError, match="leave_out: expected names, got 3"):
-        trace(model, leave_out=[3])  # type: ignore[list-item]
+        trace(model, leave_out=[3])
     with pytest.raises(ValueError, match="pin_after: nothing is named 'stage'"):
         trace(model, pin_after="stage")
 

@@ -158,7 +158,13 @@ class _PathOptimizer(torch.optim.Optimizer):
     # parameters by name
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group of named parameters. Those that the network did not know from the start take plain SGD steps."""
+        """Add a group of named parameters. Those that the network did not know from the start take plain SGD steps.
+
+        Raises
+        ------
+        TypeError, ValueError
+            As at construction; the group is not added.
+        """
         super().add_param_group(param_group)
         self._engine = None
         group = self.param_groups[-1]
@@ -215,7 +221,17 @@ class _PathOptimizer(torch.optim.Optimizer):
     @torch._disable_dynamo  # type: ignore[attr-defined]  # torch.compiler.disable imports the compiler at once
     @torch.no_grad()
     def step(self, closure: Closure | None = None) -> Any:
-        """Update the parameters; `closure`, if given, is called first and its loss returned."""
+        """Update the parameters; `closure`, if given, is called first and its loss returned.
+
+        Raises
+        ------
+        FloatingPointError
+            By the C core: a gradient or a path ratio is not finite. Other engines leave such a step out, and count it
+            in ``stats.skipped``.
+        TypeError, ValueError
+            A gradient is sparse, or of another dtype or shape than its parameter; a hyperparameter is out of its range.
+            The weights and the state stay as they were after every error.
+        """
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -414,7 +430,7 @@ class GSGD(_PathOptimizer):
         A module is traced and all its parameters are trained. Otherwise ``model.named_parameters()``, or dicts with
         "params" (of named parameters) and their own lr, momentum, nesterov, weight_decay, maximize.
     lr, momentum, nesterov, weight_decay, maximize
-        As in `torch.optim.SGD`, on the coordinates that `gsgd.GSGD` describes.
+        As in `torch.optim.SGD`, on the coordinates that `gsgd.GSGD` describes. `lr` may be a tensor of no dimensions.
     network : gsgd.Network, optional
         The network of named parameters. Parameters that it does not mention take plain SGD steps. A parameter that
         it mentions and that is not given, or does not require a gradient now, pins the units that it meets; one that
@@ -430,8 +446,10 @@ class GSGD(_PathOptimizer):
     Notes
     -----
     Float32 and float64 tensors on the CPU are updated by the C core in place, without copies, on the strides that
-    they have. Other tensors take the same step in array operations on their device, for which `step` does not wait
-    (unless the learning rate is a tensor there).
+    they have. Other tensors take the same step in array operations on their device, for which `step` does not wait.
+
+    A complex parameter that is trained takes torch's own step, and pins the units that it meets. Parameters of integers
+    and booleans stay.
 
     The skeleton and the reference scale are those of the weights at the first step. Where weights are replaced later
     than that (but for rescalings), make a new optimizer.
@@ -441,8 +459,11 @@ class GSGD(_PathOptimizer):
 
     Raises
     ------
-    FloatingPointError
-        In `step`, on the CPU: a gradient or a path ratio is not finite. On other devices such a step is left out.
+    TypeError
+        A parameter is sparse, sharded or without values, `network` is no Network, or a hyperparameter is no number.
+    ValueError
+        Parameters are unnamed, given twice, not of `network`, on several devices or overlap in memory; a hyperparameter
+        or an option is out of its range; or options of tracing are given with ``network=``. Nothing has changed.
     """
 
     method = SGD
@@ -474,8 +495,13 @@ class GSGD(_PathOptimizer):
 
         As its released code: ``batch_norm="released"``, with stem, shortcuts and classifier in `leave_out`.
 
-        It overwrites the skeleton weights of `model` by 1 (section 11.2). The first two settings are for tracing: with
-        ``network=``, the description is what it was made with.
+        It overwrites the skeleton weights of `model` by 1 (the paper's section 11.2). The first two settings are for
+        tracing: a ``network=`` of your own is taken as it was described.
+
+        Raises
+        ------
+        ValueError
+            `residual` or `batch_norm` is given with ``network=``, which would have it ignored. And as at construction.
         """
         tracing = {} if options.get("network") is not None else {"residual": "pin", "batch_norm": "paper"}
         return cls(model, lr, **({**tracing, "rule": "modulo", "scale": "ones"} | options))
@@ -497,8 +523,13 @@ class GAdam(_PathOptimizer):
 
     Notes
     -----
-    The bias corrections are of the steps that a parameter has taken. Other devices than the CPU also count those
-    that were left out because something was not finite.
+    The bias corrections are of the steps that a parameter has taken. Array operations also count those that were left
+    out because something was not finite.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As in `GSGD`.
     """
 
     method = Adam
@@ -559,6 +590,11 @@ class GRMSprop(_PathOptimizer):
         See `GSGD`.
     lr, alpha, eps, weight_decay, momentum
         As in `torch.optim.RMSprop`, on the coordinates that `gsgd.GSGD` describes.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As in `GSGD`.
     """
 
     method = RMSprop

@@ -26,6 +26,10 @@ def refuse_unsupported(name: str, p: Tensor) -> None:
         raise TypeError(
             f"parameter {name!r} is a FlatParameter of FullyShardedDataParallel, which mixes layers: use fully_shard"
         )
+    if is_sharded(p) and p.is_complex():
+        raise TypeError(f"parameter {name!r}: expected real numbers in sharded parameters, got {p.dtype}")
+    if p.is_conj() or p.is_neg():
+        raise TypeError(f"parameter {name!r}: expected memory of its own, got a conjugate or negative view")
     if p.is_sparse or p.device.type == "meta":
         raise TypeError(f"parameter {name!r}: expected a dense tensor with values, got {p.layout} on {p.device}")
 

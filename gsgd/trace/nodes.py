@@ -12,7 +12,8 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from gsgd.network import Features, Network, Residual, segment
+from gsgd.features import Features, segment
+from gsgd.network import Network, Residual
 
 Nodes = NDArray[np.int64]
 
@@ -76,7 +77,7 @@ class Algebra:
             nodes = first
         return nodes
 
-    def one(self, nodes: Nodes, dims: Iterable[int], otherwise: str = "among features") -> Nodes:
+    def equal_along(self, nodes: Nodes, dims: Iterable[int], otherwise: str = "among features") -> Nodes:
         """`nodes` with extent 1 along `dims`, which must be positions: one unit stands along them."""
         for d in dims:
             if nodes.strides[d] and nodes.shape[d] > 1:

@@ -173,7 +173,7 @@ def contract(
     if pinned[0] == pinned[1]:
         raise NotUnderstood(otherwise)
     nodes, own = (b.nodes, b_labels) if pinned[0] else (a.nodes, a_labels)
-    nodes = on.one(nodes, [d for d, label in enumerate(own) if label not in labels], otherwise)
+    nodes = on.equal_along(nodes, [d for d, label in enumerate(own) if label not in labels], otherwise)
     kept = [label for label in labels if label in own]
     nodes = nodes.transpose([own.index(label) for label in (*kept, *(n for n in own if n not in labels))])
     view = [nodes.shape[kept.index(label)] if label in kept else 1 for label in labels]

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from array_api_compat import array_namespace
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from gsgd import stages
 from gsgd.coordinates import Coordinates
@@ -74,8 +74,7 @@ class ArrayEngine(Engine):
             max_ratio,
             None if math.isinf(clip_norm) else clip_norm,
         )
-        largest = nn.utils.get_total_norm([g for g in found if g is not None and g.numel()], torch.inf)
-        finite = solution.finite & torch.isfinite(largest)
+        finite = solution.finite
         for p, pair, (value, new_pair) in zip(self.aliases, pairs, new, strict=True):
             for old, x in zip((p, *pair), (value, *new_pair), strict=True):
                 if old is not None and x is not old:

@@ -18,7 +18,7 @@ EngineName = Literal["core", "array", "triton", "sharded"]
 
 def as_real(t: Tensor) -> Tensor:
     """A view of a complex tensor's real and imaginary parts, (..., 2), as torch's optimizers step on; or `t`."""
-    return torch.view_as_real(t.resolve_conj()) if t.is_complex() and t.layout is torch.strided else t
+    return torch.view_as_real(t) if t.is_complex() and t.layout is torch.strided else t
 
 
 class Unsupported(ValueError):
@@ -50,7 +50,7 @@ class Engine:
 
     def as_reals(self, tensors: Tensors) -> Tensors:
         """Gradients or moments as the engine takes them."""
-        return [None if t is None else as_real(t) for t in tensors] if self.has_complex else tensors
+        return [None if t is None else as_real(t.resolve_conj()) for t in tensors] if self.has_complex else tensors
 
     def checked(self, gradients: Tensors) -> Tensors:
         """Gradients that are dense, and of their parameters' dtypes and shapes."""

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import fields, replace
 from typing import Any
 
 import numpy as np
 import torch
 from array_api_compat import array_namespace
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from gsgd import stages
@@ -42,17 +43,23 @@ class ShardedEngine(Engine):
         device = self.aliases[0].device
         real = real_type(array_namespace(*self.aliases), device)
 
+        made: dict[int, tuple[NDArray[Any], Tensor]] = {}
+
         def asarray(x: NDArray[Any]) -> Tensor:
-            t = torch.from_numpy(np.ascontiguousarray(x))
-            return (t.to(real) if t.is_floating_point() else t if t.dtype == torch.bool else t.long()).to(device)
+            if id(x) not in made:  # parts share what is per unit with the whole
+                t = torch.from_numpy(np.ascontiguousarray(x))
+                t = t.to(real) if t.is_floating_point() else t if t.dtype == torch.bool else t.long()
+                made[id(x)] = x, t.to(device)
+            return made[id(x)][1]
 
         number = {name: i for i, name in enumerate(tensors)}
         blocks = [(number[b.name], b) for b in net.blocks]
         whole = layout(net.num_units, [tuple(p.shape) for p in self.params], blocks, *coordinates.edges)
         self.whole = convert(whole, asarray)
-        self.here = convert(part(whole, self.shards.index), asarray)
-        counted = [own if counts else None for own, counts in zip(self.shards.index, self.shards.counts, strict=True)]
-        self.counted = convert(part(whole, counted), asarray)
+        self.here = self.counted = convert(part(whole, self.shards.index), asarray)
+        if not all(self.shards.counts):
+            pairs = zip(self.shards.index, self.shards.counts, strict=True)
+            self.counted = convert(part(whole, [own if counts else None for own, counts in pairs]), asarray)
         self.scale = stages.Scale.of(asarray, *coordinates.scale)
 
     def is_current(self) -> bool:
@@ -68,6 +75,16 @@ class ShardedEngine(Engine):
             found.append(None if g is None else local(g))
         return self.checked(found)
 
+    def total(self, found: stages.Gathered) -> stages.Gathered:
+        """What all processes have gathered, by one all-reduce."""
+        per_unit = {f.name: getattr(found, f.name) for f in fields(found) if f.name != "largest"}
+        per_unit = {name: x for name, x in per_unit.items() if x is not None}
+        unfit = (~found.largest.isfinite()).any().to(found.s).reshape(1)
+        total = self.shards.total(torch.cat([*(x.reshape(-1) for x in per_unit.values()), unfit]))
+        parts = torch.split(total[:-1], [x.numel() for x in per_unit.values()])
+        sums = {name: part.reshape(x.shape) for (name, x), part in zip(per_unit.items(), parts, strict=True)}
+        return replace(found, **sums, largest=torch.where(total[-1] == 0, 0.0, torch.inf))
+
     def step(
         self,
         gradients: Tensors,
@@ -81,16 +98,7 @@ class ShardedEngine(Engine):
         weights, own = self.aliases, self.local_gradients(gradients)
         m, v = ([None if x is None else local(x) for x in kind] for kind in moments)
         pairs = list(zip(m, v, strict=True))
-        largest = nn.utils.get_total_norm([g for g in own if g is not None and g.numel()], torch.inf)
-        found = stages.gather(self.counted, weights, own, pairs)
-        vectors = [x for x in (found.s, found.weights, found.g, found.m, found.v) if x is not None]
-        unfit = (~largest.isfinite()).to(found.s).reshape(1)
-        total = self.shards.total(torch.cat([*(x.reshape(-1) for x in vectors), unfit]))
-        sums = iter(torch.split(total, [x.numel() for x in (*vectors, unfit)]))
-        s, tree_weights, g = (next(sums).reshape(x.shape) for x in (found.s, found.weights, found.g))
-        tree_m, tree_v = (None if x is None else next(sums).reshape(x.shape) for x in (found.m, found.v))
-        found = stages.Gathered(s, tree_weights, g, tree_m, tree_v)
-
+        found = self.total(stages.gather(self.counted, weights, own, pairs))
         a, b = stages.relative(self.whole, self.scale, found.weights)
         max_ratio, clip_norm = limits
         squares = None
@@ -101,7 +109,7 @@ class ShardedEngine(Engine):
         types = [w.dtype for w in weights]
         solution = stages.solve(self.whole, a, b, found, None, squares, taken, types, max_ratio, clip_norm)
 
-        finite = solution.finite & (total[-1] == 0)
+        finite = solution.finite
         factors = stages.spread(self.here, solution, weights)
         each = zip(self.here.arrays, factors, weights, own, pairs, (methods[i] for i in which), strict=True)
         for layout_, f, w, g, pair, method in each:
