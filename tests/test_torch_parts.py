@@ -56,6 +56,31 @@ def test_a_module_that_is_left_out_may_choose_by_real_values() -> None:
     verify(model, net, X)
 
 
+class Choose(nn.Module):
+    """It chooses by one value what is done to another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(6, 2)
+
+    def forward(self, by: Tensor, h: Tensor) -> Tensor:
+        return self.layer(h if by.mean() > 0.1 else 2 * h)
+
+
+def test_what_a_module_that_is_left_out_chooses_by_is_pinned() -> None:
+    torch.manual_seed(0)
+    model = Call(
+        lambda m, x: (m.choose(h := torch.relu(m.a(x)), m.c(x)), m.b(h)),
+        a=nn.Linear(5, 8), b=nn.Linear(8, 2), c=nn.Linear(5, 6), choose=Choose(),
+    )  # fmt: skip
+    x = torch.randn(4, 5)
+    with pytest.warns(UserWarning, match=r"pass leave_out='choose'"):
+        assert trace(model, x).num_units == 8 + 6
+    net = trace(model, x, leave_out="choose")
+    assert net.num_units == 0
+    verify(model, net, x)
+
+
 def test_a_part_is_traced_for_an_optimizer_of_the_whole() -> None:
     torch.manual_seed(0)
     model = Detector()

@@ -322,6 +322,24 @@ def test_random_programs_are_never_misdescribed(lines: list[tuple[int, int, int]
     verify(model, trace(model, x, residual=residual), x)
 
 
+@pytest.mark.filterwarnings("ignore:the model asks for real values")
+@pytest.mark.parametrize("name", [*UNDERSTOOD, "lenet", "resnet34", "densenet", "u-net", "encoder"])
+def test_a_run_on_values_finds_the_same(name: str) -> None:
+    """It is what follows where real values are asked for."""
+    torch.manual_seed(1)
+    inner, x = (Between(UNDERSTOOD[name][0]), images(6)) if name in UNDERSTOOD else (f() for f in MODELS[name][:2])
+
+    def ask(m: Any, x: Tensor) -> Tensor:
+        float(next(m.parameters()).detach().mean())
+        return m.inner(x)
+
+    blind, real = trace(inner, x, prefix="inner."), trace(Call(ask, inner=inner), x)
+    assert (blind.units, blind.shapes, blind.plain.keys()) == (real.units, real.shapes, real.plain.keys())
+    assert [(b.name, b.dims) for b in blind.blocks] == [(b.name, b.dims) for b in real.blocks]
+    assert all(np.array_equal(b.rows, r.rows) for b, r in zip(blind.blocks, real.blocks, strict=True))
+    assert all(np.array_equal(b.cols, r.cols) for b, r in zip(blind.blocks, real.blocks, strict=True))
+
+
 def chain(*layers: nn.Module) -> nn.Sequential:
     return nn.Sequential(nn.Linear(5, 6), nn.ReLU(), *layers, nn.Linear(6, 2))
 
