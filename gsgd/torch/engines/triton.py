@@ -147,7 +147,7 @@ def tables(net: Network, coordinates: Coordinates, params: Mapping[str, Tensor],
                 part=parts,
                 first_gather=len(gather_tiles),
                 first_apply=len(apply_tiles),
-                wide=all(n * dtype.itemsize % 16 == 0 for n in (s.start, s.stride, s.length)),
+                wide=s.step == 1 and all(n * dtype.itemsize % 16 == 0 for n in (s.start, s.stride, s.length)),
             )
             gather_tiles += [len(sheets)] * (runs * _ratio_up(across, width))
             apply_tiles += [len(sheets)] * (_ratio_up(s.lines, tiling.lines) * _ratio_up(s.length, tiling.positions))
@@ -212,7 +212,7 @@ def _sheets(
             yield kernels.Sheet(number, full * fold, 1, rest, 0)
         return
     parts = lines(t, number, p.stride())
-    if parts is None or any(part.shape[1] > 1 and part.strides[1] != 1 for part in parts):
+    if parts is None:
         raise Unsupported(f"parameter {name!r}, of strides {p.stride()}, does not lie in memory line by line")
     units = len(t.root) - 1
     for part in parts:
@@ -225,13 +225,13 @@ def _sheets(
                 at[f"{('line', 'position')[axis]}_{side}"] = sum(map(len, ids))
                 ids.append(table)
         n, length = part.shape
-        sheet = kernels.Sheet(number, part.start, n, length, part.strides[0] if n > 1 else 0)
-        yield from _pieces(sheet._replace(**at))
+        stride, step = (by if extent > 1 else 0 for by, extent in zip(part.strides, part.shape, strict=True))
+        yield from _pieces(kernels.Sheet(number, part.start, n, length, stride, step)._replace(**at))
 
 
 def _pieces(sheet: kernels.Sheet) -> Iterator[kernels.Sheet]:
     """The same in sheets whose entries a kernel can count."""
-    most = max(1, (REACH - sheet.length) // max(1, sheet.stride))
+    most = max(1, (REACH - sheet.length * sheet.step) // max(1, sheet.stride))
     for first in range(0, sheet.lines, most):
         yield sheet._replace(
             start=sheet.start + first * sheet.stride,
@@ -353,7 +353,8 @@ class TritonEngine(Engine):
             self._follow(stats)
             found = self._laid_out(self._apart(gradients))
             m, v = (self._laid_out(kind) for kind in moments)
-            pointers = [[0 if x is None else x.data_ptr() for x in kind] for kind in (found, m, v)]
+            # empty tensors have no address, but are there
+            pointers = [[0 if x is None else x.data_ptr() or 1 for x in kind] for kind in (found, m, v)]
             rows = (self.addresses, *pointers, which, self.tables.kinds, self.sizes)
             arrays = self.arrays.write([n for row in rows for n in row])
             self._launch_all(arrays, self._write_rates(methods, limits), methods, any(pointers[1]), limits[1])

@@ -1,6 +1,6 @@
 """A step in three Triton kernels: gather, solve, apply (METHOD.md, section 3).
 
-A kernel sees an array as sheets: lines of adjacent entries. The units of the entries' rows (destinations) belong either
+A kernel sees an array as sheets: lines of entries. The units of the entries' rows (destinations) belong either
 to its lines or to the positions on them, and so do those of its columns (sources). Unit `units` stands for every pinned
 end, where A = B = rho = 1; no table of units means that all are pinned. Tables that hold several numbers of every unit,
 or of every array, hold them one after the other.
@@ -21,12 +21,14 @@ import triton.language as tl
 
 
 class Sheet(NamedTuple):
-    """A part of an array, as it lies in memory: `lines` lines, `stride` entries apart, of `length` adjacent entries.
+    """A part of an array, as it lies in memory: `lines` lines, `stride` entries apart, of `length` positions.
 
     Attributes
     ----------
     array, start : int
         The number of its array, and its first entry there.
+    step : int
+        From position to position, in entries.
     line_rows, line_cols, position_rows, position_cols : int
         Where in the table of ids the units of its lines or positions begin; -1: there are none.
     along, span : int
@@ -36,7 +38,7 @@ class Sheet(NamedTuple):
     first_gather, first_apply : int
         The first of its tiles.
     wide : int
-        Whether it can be read by 16 bytes.
+        Whether it can be read by 16 bytes, which needs step 1.
     """
 
     array: Any
@@ -44,6 +46,7 @@ class Sheet(NamedTuple):
     lines: Any
     length: Any
     stride: Any
+    step: Any = 1
     line_rows: Any = -1
     line_cols: Any = -1
     position_rows: Any = -1
@@ -99,9 +102,9 @@ def sheet_of(sheets, s):
     p = sheets + s.to(tl.int64) * FIELDS
     return Sheet(
         tl.load(p).to(tl.int32), tl.load(p + 1), tl.load(p + 2).to(tl.int32), tl.load(p + 3).to(tl.int32),
-        tl.load(p + 4).to(tl.int32), tl.load(p + 5), tl.load(p + 6), tl.load(p + 7), tl.load(p + 8),
-        tl.load(p + 9).to(tl.int32), tl.load(p + 10).to(tl.int32), tl.load(p + 11), tl.load(p + 12).to(tl.int32),
-        tl.load(p + 13).to(tl.int32), tl.load(p + 14) != 0,
+        tl.load(p + 4).to(tl.int32), tl.load(p + 5).to(tl.int32), tl.load(p + 6), tl.load(p + 7), tl.load(p + 8),
+        tl.load(p + 9), tl.load(p + 10).to(tl.int32), tl.load(p + 11).to(tl.int32), tl.load(p + 12),
+        tl.load(p + 13).to(tl.int32), tl.load(p + 14).to(tl.int32), tl.load(p + 15) != 0,
     )  # fmt: skip
 
 
@@ -115,6 +118,15 @@ def at(table, column, u, count):
 def units_of(net, first, i, end):
     """The units of lines or positions i < end."""
     return tl.load(net.ids + first + i, i < tl.where(first >= 0, end, 0), net.units)
+
+
+@triton.jit
+def entries_of(r, c, sheet, WIDTH: tl.constexpr):
+    """Where the entries of a tile lie; if WIDTH > 1, all extents are multiples of it."""
+    if WIDTH == 1:
+        return r[:, None] * sheet.stride + c[None, :] * sheet.step
+    else:
+        return r[:, None] * (sheet.stride // WIDTH * WIDTH) + c[None, :]
 
 
 @triton.jit
@@ -159,9 +171,10 @@ def product_along(u, next_unit: tl.constexpr, address: tl.constexpr, kind: tl.co
     n = net.units + 1
     product = tl.full(u.shape, 1.0, tl.float64)
     while tl.min(u) < net.units:
-        inside = u < net.units
-        w = load_any(at(net.places, address, u, n), at(net.links, kind, u, n), inside, TYPES)
-        product *= tl.where(inside, w / at(scale, start, u, n), 1.0)
+        of_kind = at(net.links, kind, u, n)
+        has_edge = of_kind >= 0
+        w = load_any(at(net.places, address, u, n), of_kind, has_edge, TYPES)
+        product *= tl.where(has_edge, w / at(scale, start, u, n), 1.0)
         u = at(net.links, next_unit, u, n)
     return product
 
@@ -211,15 +224,15 @@ def gather_tiles(
     TYPE: tl.constexpr, REAL: tl.constexpr, CLIP: tl.constexpr, LINES: tl.constexpr, POSITIONS: tl.constexpr,
     WIDTH: tl.constexpr, BYTES: tl.constexpr,
 ):  # fmt: skip
-    """Sums of w g and of (dl/dx)^2 over a run of tiles, entry by entry; extents are multiples of WIDTH."""
+    """Sums of w g and of (dl/dx)^2 over a run of tiles, entry by entry."""
     w, g = pointer_to(w, TYPE, BYTES), pointer_to(g, TYPE, BYTES)
-    stride, end_c = sheet.stride // WIDTH * WIDTH, end_c // WIDTH * WIDTH
+    end_c = end_c // WIDTH * WIDTH
     end_w = tl.where(sheet.along != NO_SUM, end_r, 0)  # without sums no weight is read
     total = tl.zeros((LINES, POSITIONS), REAL)
     squares = tl.zeros((LINES, POSITIONS), REAL)
     for i in range(0, steps):
         r, c = r0 + i * step_r + tl.arange(0, LINES), c0 + i * step_c + tl.arange(0, POSITIONS)
-        e = r[:, None] * stride + c[None, :]
+        e = entries_of(r, c, sheet, WIDTH)
         line_col, position_col = units_of(net, sheet.line_cols, r, end_r), units_of(net, sheet.position_cols, c, end_c)
         free = tree_edges(e, line_col, position_col, FREE_ARRAY, OUT_PLACE, sheet, net)
         d = tl.load(g + e, (r < end_r)[:, None] & (c < end_c)[None, :], 0.0).to(REAL)
@@ -384,14 +397,14 @@ def apply_tile(
     TYPE: tl.constexpr, REAL: tl.constexpr, METHOD: tl.constexpr, HAS_M: tl.constexpr, DECAYS: tl.constexpr,
     CLIP: tl.constexpr, LINES: tl.constexpr, POSITIONS: tl.constexpr, WIDTH: tl.constexpr, BYTES: tl.constexpr,
 ):  # fmt: skip
-    """The step of a tile: ordinary edges, chains, and free edges, which stay; extents are multiples of WIDTH."""
+    """The step of a tile: ordinary edges, chains, and free edges, which stay."""
     n = net.units + 1
     given, has_m = g != 0, m != 0
     w, g = pointer_to(w, TYPE, BYTES), pointer_to(g, TYPE, BYTES)
     m, v = pointer_to(m, TYPE, BYTES), pointer_to(v, TYPE, BYTES)
-    lines, length, stride = sheet.lines, sheet.length // WIDTH * WIDTH, sheet.stride // WIDTH * WIDTH
+    lines, length = sheet.lines, sheet.length // WIDTH * WIDTH
     r, c = r0 + tl.arange(0, LINES), c0 + tl.arange(0, POSITIONS)
-    e = r[:, None] * stride + c[None, :]
+    e = entries_of(r, c, sheet, WIDTH)
     inside = (r < lines)[:, None] & (c < length)[None, :]
     line_row, line_col = units_of(net, sheet.line_rows, r, lines), units_of(net, sheet.line_cols, r, lines)
     position_row = units_of(net, sheet.position_rows, c, length)
