@@ -14,9 +14,9 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-SOURCES := pyproject.toml setup.py MANIFEST.in constraints.txt $(wildcard csrc/*) \
+SOURCES := pyproject.toml setup.py MANIFEST.in constraints.txt $(wildcard csrc/*.* csrc/python/*) \
            $(shell find gsgd -name '*.py' -o -name '*.pyi' -o -name py.typed)
-CORE := tests/core.c $(filter-out csrc/_core.c,$(wildcard csrc/*.c))
+CORE := tests/core.c $(wildcard csrc/*.c)
 CORE_FLAGS := -std=c11 -g -O1 -ffp-contract=off -fno-math-errno -Wall -Wextra -Werror -Icsrc
 SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=all
 OPENMP := $(shell echo 'int main(void) { return 0; }' | $(CC) -fopenmp -x c -o /dev/null - 2>/dev/null && echo -fopenmp)
@@ -37,7 +37,7 @@ lint: .venv/dev
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy gsgd
-	$(BIN)/clang-format --dry-run -Werror $(wildcard csrc/*.c csrc/*.h csrc/*.inc) tests/core.c
+	$(BIN)/clang-format --dry-run -Werror $(wildcard csrc/*.[ch] csrc/*.inc csrc/python/*.[ch]) tests/core.c
 	GSGD_WERROR=1 $(BIN)/python setup.py -q build_ext --force --build-lib build/lint --build-temp build/lint
 
 bench: .venv/dev

@@ -69,8 +69,8 @@ setup(
     ext_modules=[
         Extension(
             "gsgd._core",
-            sources=sorted(glob("csrc/*.c")),
-            depends=sorted(glob("csrc/*.h") + glob("csrc/*.inc")),
+            sources=sorted(glob("csrc/**/*.c", recursive=True)),
+            depends=sorted(glob("csrc/**/*.h", recursive=True) + glob("csrc/*.inc")),
             include_dirs=["csrc", numpy.get_include()],
             define_macros=[*MACROS, ("Py_LIMITED_API", "0x030B0000")] if LIMITED_API else MACROS,
             extra_compile_args=compile_args,

@@ -148,6 +148,10 @@ static void measure_flows(balance *s) {
         const block *b = &s->plan->block[k];
         for (ptrdiff_t n = s->from.start[k]; n < s->from.start[k + 1]; ++n) {
             ptrdiff_t source = s->from.item[n];
+            if (s->into.start[k + 1] == s->into.start[k] + 1 && s->into.item[s->into.start[k]] == source) {
+                *f++ = (flow){source, source, 0}; /* no shift changes it, as of a block between pinned ends */
+                continue;
+            }
             for (ptrdiff_t i = 0; i < b->groups * b->cols; ++i)
                 s->ends[i] = s->layer[b->col_unit[i]] == source ? s->down[b->col_unit[i]] : 0;
             sum_squares(b, GSGD_COL, s->ends, s->sums);
@@ -379,7 +383,7 @@ static int prepare(balance *s, void *memory[4]) {
 gsgd_status gsgd_balance(gsgd_plan *plan, const gsgd_array *weights, double *c, double *left) {
     balance s = {.plan = plan};
     void *memory[4] = {NULL};
-    gsgd_bind(plan, weights, offsetof(block, w));
+    gsgd_bind(plan, weights, VIEW_W);
     int ready = prepare(&s, memory);
     if (ready) {
         *left = find_scale(&s);

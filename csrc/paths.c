@@ -23,13 +23,14 @@ static double weight(const gsgd_plan *plan, const tree_edge *e) {
     return load(b->type, &b->w, e->index);
 }
 
-/* a(v) and b(v): products of weights along the trees. */
+/* a(v) and b(v): products of weights along the trees, in to_a and to_b. */
 static void products(gsgd_plan *plan) {
+    double *a = plan->to_a, *b = plan->to_b;
     for (ptrdiff_t n = 0; n < plan->num_active; ++n) {
         int64_t v = plan->in_order[n];
-        plan->a[v] = plan->a[plan->in_unit[v]] * weight(plan, &plan->in[v]);
+        a[v] = a[plan->in_unit[v]] * weight(plan, &plan->in[v]);
         v = plan->out_order[n];
-        plan->b[v] = plan->b[plan->out_unit[v]] * weight(plan, &plan->out[v]);
+        b[v] = b[plan->out_unit[v]] * weight(plan, &plan->out[v]);
     }
 }
 
@@ -46,10 +47,10 @@ static void log_products(gsgd_plan *plan, double *log_a, double *log_b) {
 
 void gsgd_path_values(gsgd_plan *plan, const gsgd_array *weights, const gsgd_array *values,
                       const gsgd_array *logs) {
-    double *log_a = plan->sum, *log_b = plan->ratio;
-    gsgd_bind(plan, weights, offsetof(block, w));
-    gsgd_bind(plan, values, offsetof(block, g));
-    gsgd_bind(plan, logs, offsetof(block, s));
+    double *log_a = plan->x, *log_b = plan->inv_x;
+    gsgd_bind(plan, weights, VIEW_W);
+    gsgd_bind(plan, values, VIEW_G);
+    gsgd_bind(plan, logs, VIEW_S);
     products(plan);
     if (logs != NULL)
         log_products(plan, log_a, log_b);
@@ -63,9 +64,9 @@ void gsgd_path_values(gsgd_plan *plan, const gsgd_array *weights, const gsgd_arr
             int64_t u = col_unit(b, index), v = row_unit(b, index);
             /* a chain edge's own path is in(v) + out(v): the same product */
             double w = load(b->type, &b->w, index), sign = w > 0 ? 1 : w < 0 ? -1 : 0;
-            double value = plan->a[u] * w * plan->b[v], log_value = NAN;
+            double value = plan->to_a[u] * w * plan->to_b[v], log_value = NAN;
             if (logs != NULL) {
-                value = copysign(1, plan->a[u]) * sign * copysign(1, plan->b[v]);
+                value = copysign(1, plan->to_a[u]) * sign * copysign(1, plan->to_b[v]);
                 log_value = log_a[u] + log(fabs(w)) + log_b[v];
                 store(GSGD_FLOAT64, &b->s, index, what == FREE ? NAN : log_value);
             }
@@ -76,11 +77,14 @@ void gsgd_path_values(gsgd_plan *plan, const gsgd_array *weights, const gsgd_arr
 
 gsgd_status gsgd_path_gradients(gsgd_plan *plan, const gsgd_array *weights, const gsgd_array *gradients,
                                 const gsgd_array *sums, const double *norm, const gsgd_array *out) {
-    gsgd_status status = gsgd_gather(plan, weights, gradients, sums);
-    if (status != GSGD_OK)
-        return status;
+    const gsgd_options options = {.clip_norm = INFINITY, .threads = 1};
+    const double *sum = plan->gathered + row_at(plan, GSGD_SUM);
+    gsgd_gather(plan, weights, gradients, sums, NULL, NULL, &options, NULL, plan->gathered);
+    for (int64_t u = GSGD_PINNED; u < plan->units; ++u)
+        if (!isfinite(sum[u]))
+            return GSGD_NOT_FINITE;
     products(plan);
-    gsgd_bind(plan, out, offsetof(block, m));
+    gsgd_bind(plan, out, VIEW_M);
     for (ptrdiff_t k = 0; k < plan->blocks; ++k) {
         const block *b = &plan->block[k];
         ptrdiff_t index[GSGD_NDIM] = {0};
@@ -91,10 +95,10 @@ gsgd_status gsgd_path_gradients(gsgd_plan *plan, const gsgd_array *weights, cons
             int64_t u = col_unit(b, index), v = row_unit(b, index);
             double d = NAN;
             if (what == ORDINARY)
-                d = load(b->type, &b->g, index) / (plan->a[u] * plan->b[v]);
+                d = load(b->type, &b->g, index) / (plan->to_a[u] * plan->to_b[v]);
             else if (what == CHAIN)
-                d = (gsgd_product(plan, &plan->in[v]) - plan->sum[v]) /
-                    (plan->a[v] * plan->b[v] * (norm == NULL ? 1 : norm[v]));
+                d = (product(b->type, load(b->type, &b->w, index), load(b->type, &b->s, index)) - sum[v]) /
+                    (plan->to_a[v] * plan->to_b[v] * (norm == NULL ? 1 : norm[v]));
             store(GSGD_FLOAT64, &b->m, index, d);
         } while (advance(b, index));
     }
@@ -103,15 +107,17 @@ gsgd_status gsgd_path_gradients(gsgd_plan *plan, const gsgd_array *weights, cons
 
 void gsgd_allocate(gsgd_plan *plan, const gsgd_array *weights, const gsgd_array *ratios,
                    const gsgd_array *out) {
-    gsgd_bind(plan, weights, offsetof(block, w));
-    gsgd_bind(plan, ratios, offsetof(block, g));
-    gsgd_bind(plan, out, offsetof(block, m));
+    double *inv_rho = plan->x;
+    inv_rho[-1] = 1;
+    gsgd_bind(plan, weights, VIEW_W);
+    gsgd_bind(plan, ratios, VIEW_G);
+    gsgd_bind(plan, out, VIEW_M);
     for (ptrdiff_t n = 0; n < plan->num_active; ++n) {
         int64_t v = plan->in_order[n];
         const tree_edge *in = &plan->in[v];
         if (!plan->in_is_free[v])
             plan->ratio[v] = load(GSGD_FLOAT64, &plan->block[in->block].g, in->index);
-        plan->inv_rho[v] = 1 / plan->ratio[plan->root[v]];
+        inv_rho[v] = 1 / plan->ratio[plan->root[v]];
     }
     for (ptrdiff_t k = 0; k < plan->blocks; ++k) {
         const block *b = &plan->block[k];
@@ -121,7 +127,7 @@ void gsgd_allocate(gsgd_plan *plan, const gsgd_array *weights, const gsgd_array 
         do {
             double w = load(b->type, &b->w, index);
             if (role(plan, k, index) != FREE)
-                w *= load(GSGD_FLOAT64, &b->g, index) * plan->inv_rho[col_unit(b, index)];
+                w *= load(GSGD_FLOAT64, &b->g, index) * inv_rho[col_unit(b, index)];
             store(b->type, &b->m, index, w);
         } while (advance(b, index));
     }

@@ -3,8 +3,7 @@
 #define GSGD_PLAN_H
 
 #include "gsgd.h"
-
-enum { PANEL = 4096 }; /* columns of one accumulator */
+#include "parallel.h"
 
 /* A buffer through the eyes of a block. */
 typedef struct {
@@ -12,58 +11,80 @@ typedef struct {
     ptrdiff_t stride[GSGD_NDIM];
 } view;
 
+/* The buffers of a call: weights, gradients, those that are summed, moments. Other calls use them for theirs.
+ */
+enum { VIEW_W, VIEW_G, VIEW_S, VIEW_M, VIEW_V, VIEWS };
+
 typedef struct {
     gsgd_dim dim[GSGD_NDIM];
     gsgd_type type;
     int start_axis;
     ptrdiff_t array, start;
     ptrdiff_t groups, rows, cols, taps; /* taps: of all three tap dimensions */
-    int gathers;                        /* some source is a unit */
     int64_t *row_unit, *col_unit, *col_root;
-    double *column_sum;      /* (groups, cols, taps): sums over rows of w g, where the block gathers */
-    double *column_square;   /* the same shape: sums over rows of (g / B)^2, for clip_norm */
-    void *row_b, *row_inv_b; /* (groups, rows), of the block's type */
-    /* (groups, cols * taps) of the block's type; not read where the block does not gather */
-    void *line_a, *line_inv_a, *line_inv_rho, *line;
-    view w, g, s, m, v;         /* of the call at work: weights, gradients, those that are summed, moments */
-    view seen[5];               /* of the call before */
+    int gathers; /* some source is a unit */
+    int counts;  /* no other shard counts the same entries */
+    union {
+        view view[VIEWS];
+        struct {
+            view w, g, s, m, v;
+        };
+    };
+
+    /* How to walk it: see walk.c. */
+    view seen[VIEWS];           /* of the call before */
     int by_rows;                /* whether a line over columns and taps is contiguous in all views */
     ptrdiff_t *place, *unplace; /* memory order of a line -> C order, and back */
     int shuffled;               /* they differ */
     ptrdiff_t gather_pieces, gather_chunk, apply_pieces, apply_chunk;
+
+    /* Scratch of the kernels. */
+    double *column_sum;      /* (groups, cols, taps): sums over rows of w g, where the block gathers */
+    double *column_square;   /* the same shape: sums over rows of (g / B)^2, for clip_norm */
+    void *row_b, *row_inv_b; /* (groups, rows), of the block's type */
+    /* (groups, cols * taps) of the block's type, in memory order; only where the block gathers */
+    void *line_a, *line_inv_a, *line_inv_rho;
 } block;
 
 /* A tree edge, ready to be read. */
 typedef struct {
-    ptrdiff_t block;
+    ptrdiff_t block; /* < 0: it is not here */
+    int counts;      /* it is, and no other shard counts it */
     ptrdiff_t index[GSGD_NDIM];
-    ptrdiff_t w, g, s, m, v; /* its offsets in the block's views */
+    ptrdiff_t at[VIEWS]; /* its offsets in the block's views */
 } tree_edge;
 
-/* Per-unit arrays begin at [-1], which stands for a pinned end. */
+/* Per-unit arrays begin at [-1], which stands for pinned ends. */
 struct gsgd_plan {
-    ptrdiff_t units, blocks;
+    ptrdiff_t units, arrays, blocks, entries;
+    gsgd_type *type; /* per array */
     block *block;
     ptrdiff_t *order; /* blocks that gather, then the others */
+
     tree_edge *in, *out;
     int64_t *in_unit;    /* source of the in-edge */
     int64_t *out_unit;   /* destination of the out-edge */
+    int64_t *in_array;   /* where the in-edge lies */
     int64_t *root;       /* the unit whose chain ratio moves this unit */
     uint8_t *active;     /* has edges */
     uint8_t *in_is_free; /* the in-edge is the source's out-edge */
     ptrdiff_t num_active;
-    int64_t *in_order, *out_order;    /* active units: sources first, destinations first */
-    double *in0, *out0, *c;           /* the reference scale */
-    double *in_w, *out_w;             /* weights of the tree edges; after solve, those to come */
-    double *to_a, *to_b;              /* chain products relative to in0 and out0 */
-    double *a, *b, *inv_a, *inv_b;    /* A and B of METHOD.md, section 4, and their inverses */
-    double *x, *inv_x;                /* A B and its inverse */
-    double *sum, *ratio, *inv_rho;    /* S and R by chain root, and 1 / rho */
-    double *new_m, *new_v;            /* moments of in-edges after the step */
-    double *memory;                   /* all of the above lies in here */
-    int clips;                        /* the call at work has a clip_norm */
-    double alone, credit, unmeasured; /* seconds: see learn_what_pays */
+    int64_t *in_order, *out_order; /* active units: sources first, destinations first */
+    double *in0, *out0, *c;        /* the reference scale */
+
+    int clips;                     /* the walk is one for clip_norm */
+    uint8_t *has_gradient, *has_m; /* per array: in the last gather */
+    team gather_team, apply_team;
+
+    double *gathered, *solved; /* of gsgd_step */
+    double *to_a, *to_b;       /* chain products relative to in0 and out0 */
+    double *x, *inv_x;         /* A B and its inverse */
+    double *ratio;             /* R by chain root */
+    double *memory;            /* all arrays of double over units lie in here */
 };
+
+/* Where a row of what gsgd_gather or gsgd_solve has found begins: at the entry of unit 0. */
+static inline ptrdiff_t row_at(const gsgd_plan *plan, int row) { return row * (plan->units + 1) + 1; }
 
 /* Where an entry lies in a view. */
 static inline ptrdiff_t offset_of(const view *v, const ptrdiff_t index[GSGD_NDIM]) {
@@ -92,6 +113,11 @@ static inline void store(gsgd_type type, const view *v, const ptrdiff_t index[GS
     store_at(type, v, offset_of(v, index), x);
 }
 
+/* w g of one weight, rounded as the kernels round it. */
+static inline double product(gsgd_type type, double w, double g) {
+    return type == GSGD_FLOAT32 ? (double)((float)w * (float)g) : w * g;
+}
+
 static inline int64_t row_unit(const block *b, const ptrdiff_t index[GSGD_NDIM]) {
     return b->row_unit[index[GSGD_GROUP] * b->rows + index[GSGD_ROW]];
 }
@@ -108,15 +134,35 @@ static inline int advance(const block *b, ptrdiff_t index[GSGD_NDIM]) {
     return 0;
 }
 
-/* See the caller's arrays (NULL: none) through every block; `which` is the view's offset in block. Data NULL:
- * none. */
-void gsgd_bind(gsgd_plan *plan, const gsgd_array *arrays, size_t which);
+/* Column i of a block, i in C order over (group, column, taps), as an index with row 0. */
+static inline void column_index(const block *b, ptrdiff_t i, ptrdiff_t index[GSGD_NDIM]) {
+    for (int d = GSGD_NDIM; d-- > GSGD_COL; i /= b->dim[d].extent)
+        index[d] = i % b->dim[d].extent;
+    index[GSGD_ROW] = 0;
+    index[GSGD_GROUP] = i;
+}
 
-/* Gather by one thread: S per chain root, in plan->sum. */
-gsgd_status gsgd_gather(gsgd_plan *plan, const gsgd_array *weights, const gsgd_array *gradients,
-                        const gsgd_array *sums);
+/* Piece i of a block, as an index: by rows a row, else a column. */
+static inline void piece_index(const block *b, ptrdiff_t i, ptrdiff_t index[GSGD_NDIM]) {
+    if (!b->by_rows) {
+        column_index(b, i, index);
+        return;
+    }
+    for (int d = 0; d < GSGD_NDIM; ++d)
+        index[d] = 0;
+    index[GSGD_GROUP] = i / b->rows;
+    index[GSGD_ROW] = i % b->rows;
+}
 
-/* w g, with g of `sums`, of a tree edge after gsgd_gather, rounded as the kernels round it. */
-double gsgd_product(const gsgd_plan *plan, const tree_edge *e);
+enum {
+    PANEL = 4096, /* columns of one accumulator */
+    LANES = 8,    /* columns summed side by side where rows are the fast dimension */
+};
+
+/* See the caller's arrays (NULL: none) through every block, as `which` view. */
+void gsgd_bind(gsgd_plan *plan, const gsgd_array *arrays, int which);
+
+/* Make the walk over the views at hand, unless it is that of the call before. */
+void gsgd_plan_walk(gsgd_plan *plan, int clips);
 
 #endif

@@ -1,11 +1,9 @@
 /* step.c - one step in three stages.
  *
- * First the chain products A and B, from the tree edges alone.
  * Gather: per unit, the sum of w g over its out-edges, and for clip_norm the squares of dl / dx; reads
  * weights and gradients once. Solve: on the trees, O(units): the inverse chain rule, path ratios; validates
  * everything. Apply: one pass over the weights; then the tree edges get the values that solve found for them.
  */
-#include "parallel.h"
 #include "plan.h"
 
 #include <float.h>
@@ -28,224 +26,43 @@
 
 enum {
     CHUNK = 64,       /* rows that are summed in the weights' own type before the sum goes on in double */
-    LANES = 8,        /* columns summed side by side where rows are the fast dimension */
-    TASK = 1 << 15,   /* entries that a thread takes at a time */
     SERIAL = 1 << 17, /* networks of fewer entries are not worth a second thread */
 };
-
-/* Column i of a block, i in C order over (group, column, taps), as an index with row 0. */
-static void column_index(const block *b, ptrdiff_t i, ptrdiff_t index[GSGD_NDIM]) {
-    for (int d = GSGD_NDIM; d-- > GSGD_COL; i /= b->dim[d].extent)
-        index[d] = i % b->dim[d].extent;
-    index[GSGD_ROW] = 0;
-    index[GSGD_GROUP] = i;
-}
-
-/* Piece i of a block, as an index: by rows a row, else a column. */
-static void piece_index(const block *b, ptrdiff_t i, ptrdiff_t index[GSGD_NDIM]) {
-    if (!b->by_rows) {
-        column_index(b, i, index);
-        return;
-    }
-    memset(index, 0, GSGD_NDIM * sizeof *index);
-    index[GSGD_GROUP] = i / b->rows;
-    index[GSGD_ROW] = i % b->rows;
-}
 
 static inline float root_f32(float x) { return sqrtf(x); }
 static inline double root_f64(double x) { return sqrt(x); }
 
 #define REAL float
 #define N(name) name##_f32
-#include "step.inc"
+#include "kernel.inc"
 #undef REAL
 #undef N
 #define REAL double
 #define N(name) name##_f64
-#include "step.inc"
+#include "kernel.inc"
 #undef REAL
 #undef N
 
-/* Whether columns and taps, taken in some order, lie side by side in v as they do in w. */
-static int same_line(const block *b, const view *v) {
-    if (v->data == NULL)
-        return 1;
-    for (int d = GSGD_COL; d < GSGD_NDIM; ++d)
-        if (b->dim[d].extent > 1 && v->stride[d] != b->w.stride[d])
-            return 0;
-    return 1;
-}
-
-/* Whether rows lie side by side. */
-static int rows_adjoin(const block *b) {
-    const view *views[] = {&b->w, &b->g, &b->s, &b->m, &b->v};
-    for (int i = 0; i < 5; ++i)
-        if (views[i]->data != NULL && views[i]->stride[GSGD_ROW] != 1)
-            return 0;
-    return 1;
-}
-
-/* Decide how to walk a block, and learn the order of its line. */
-static void plan_walk(block *b) {
-    int order[GSGD_NDIM], n = 0;
-    for (int d = GSGD_NDIM; d-- > GSGD_COL;)
-        if (b->dim[d].extent > 1) {
-            int i = n++;
-            for (; i > 0 && b->w.stride[order[i - 1]] > b->w.stride[d]; --i)
-                order[i] = order[i - 1];
-            order[i] = d;
-        }
-    ptrdiff_t expected = 1;
-    b->by_rows = same_line(b, &b->g) && same_line(b, &b->s) && same_line(b, &b->m) && same_line(b, &b->v);
-    for (int i = 0; i < n; ++i) {
-        b->by_rows &= b->w.stride[order[i]] == expected;
-        expected *= b->dim[order[i]].extent;
-    }
-    ptrdiff_t line = b->cols * b->taps;
-    if (line < b->rows && line <= LANES && rows_adjoin(b))
-        b->by_rows = 0;
-    b->shuffled = 0;
-    for (int i = 1; i < n; ++i)
-        b->shuffled |= order[i] > order[i - 1];
-    if (!b->by_rows || !b->shuffled)
-        return;
-    for (ptrdiff_t k = 0; k < line; ++k) {
-        ptrdiff_t index[GSGD_NDIM], at = 0;
-        column_index(b, k, index);
-        for (int d = GSGD_COL; d < GSGD_NDIM; ++d)
-            at += index[d] * b->w.stride[d];
-        b->unplace[k] = at;
-        b->place[at] = k;
-    }
-}
-
-static ptrdiff_t at_least(ptrdiff_t low, ptrdiff_t x) { return x > low ? x : low; }
-
-/* Cut a block into pieces for gather and for apply. */
-static void plan_pieces(block *b, int clips) {
-    ptrdiff_t line = b->cols * b->taps, panels = (line + PANEL - 1) / PANEL;
-    if (b->rows * line == 0) {
-        b->gather_pieces = b->apply_pieces = 0;
-        return;
-    }
-    b->apply_pieces = b->groups * (b->by_rows ? b->rows : line);
-    b->apply_chunk = at_least(1, TASK / (b->by_rows ? line : b->rows));
-    b->gather_pieces = b->apply_pieces;
-    b->gather_chunk = b->apply_chunk;
-    int sums = b->gathers || clips;
-    if (sums && b->by_rows) {
-        b->gather_pieces = b->groups * panels;
-        b->gather_chunk = at_least(1, TASK / (b->rows * (line < PANEL ? line : PANEL)));
-    } else if (sums) {
-        b->gather_chunk = (b->gather_chunk + LANES - 1) / LANES * LANES;
-    }
-}
-
+/* A pass over all blocks by several threads. */
 typedef struct {
     gsgd_plan *plan;
-    const gsgd_options *options;
-    int threads;
-    atomic_ptrdiff_t gather_task, apply_task;
-    atomic_int not_finite;
-    gsgd_status status;
+    const gsgd_rates *rates;
     double clip; /* what gradients are multiplied by */
-    ptrdiff_t clamped;
-    int64_t unit;
-} job;
-
-static int gather_block(block *b, ptrdiff_t first, ptrdiff_t last, int clips) {
-    int single = b->type == GSGD_FLOAT32;
-    if (b->s.data == NULL)
-        return 1;
-    if (!b->gathers && !clips)
-        return single ? check_pieces_f32(b, first, last) : check_pieces_f64(b, first, last);
-    if (single)
-        gather_pieces_f32(b, first, last, clips);
-    else
-        gather_pieces_f64(b, first, last, clips);
-    return 1;
-}
-
-static void apply_block(block *b, ptrdiff_t first, ptrdiff_t last, const gsgd_rates *rates, double clip) {
-    if (b->type == GSGD_FLOAT32)
-        apply_pieces_f32(b, first, last, rates, clip);
-    else
-        apply_pieces_f64(b, first, last, rates, clip);
-}
-
-static void gather(job *j) {
-    ptrdiff_t done = 0, task = next_piece(&j->gather_task);
-    for (ptrdiff_t n = 0; n < j->plan->blocks; ++n) {
-        block *b = &j->plan->block[j->plan->order[n]];
-        ptrdiff_t tasks = b->gather_pieces ? (b->gather_pieces - 1) / b->gather_chunk + 1 : 0;
-        for (; task - done < tasks; task = next_piece(&j->gather_task)) {
-            ptrdiff_t first = (task - done) * b->gather_chunk, last = first + b->gather_chunk;
-            if (!gather_block(b, first, last < b->gather_pieces ? last : b->gather_pieces, j->plan->clips))
-                atomic_store_explicit(&j->not_finite, 1, memory_order_relaxed);
-        }
-        done += tasks;
-    }
-}
-
-/* Backwards: what was gathered last is still in the cache. */
-static void apply(job *j) {
-    ptrdiff_t done = 0, task = next_piece(&j->apply_task);
-    for (ptrdiff_t n = j->plan->blocks; n-- > 0;) {
-        block *b = &j->plan->block[j->plan->order[n]];
-        ptrdiff_t tasks = b->apply_pieces ? (b->apply_pieces - 1) / b->apply_chunk + 1 : 0;
-        for (; task - done < tasks; task = next_piece(&j->apply_task)) {
-            ptrdiff_t first = (tasks - 1 - (task - done)) * b->apply_chunk, last = first + b->apply_chunk;
-            apply_block(b, first, last < b->apply_pieces ? last : b->apply_pieces,
-                        &j->options->rates[b->array], j->clip);
-        }
-        done += tasks;
-    }
-}
-
-static double tree_weight(const gsgd_plan *plan, const tree_edge *e) {
-    const block *b = &plan->block[e->block];
-    return load_at(b->type, &b->w, e->w);
-}
-
-/* w g of a tree edge of weight w, rounded as the kernels round it. */
-static double product(const gsgd_plan *plan, const tree_edge *e, double w, const view *g, ptrdiff_t at) {
-    if (g->data == NULL)
-        return 0;
-    gsgd_type type = plan->block[e->block].type;
-    double d = load_at(type, g, at);
-    return type == GSGD_FLOAT32 ? (double)((float)w * (float)d) : w * d;
-}
-
-double gsgd_product(const gsgd_plan *plan, const tree_edge *e) {
-    return product(plan, e, tree_weight(plan, e), &plan->block[e->block].s, e->s);
-}
-
-/* S(v) by chain root: out-edges of the units that share it, free edges left out. */
-static int sum_by_root(gsgd_plan *plan) {
-    double *sum = plan->sum;
-    memset(sum - 1, 0, (size_t)(plan->units + 1) * sizeof *sum);
-    for (ptrdiff_t k = 0; k < plan->blocks; ++k) {
-        const block *b = &plan->block[k];
-        if (!b->gathers || b->rows == 0 || b->s.data == NULL)
-            continue;
-        for (ptrdiff_t j = 0, i = 0; j < b->groups * b->cols; ++j) {
-            double column = 0;
-            for (ptrdiff_t t = 0; t < b->taps; ++t, ++i)
-                column += b->column_sum[i];
-            sum[b->col_root[j]] += column;
-        }
-    }
-    for (ptrdiff_t n = 0; n < plan->num_active; ++n) {
-        int64_t u = plan->in_order[n];
-        sum[plan->root[u]] -= gsgd_product(plan, &plan->out[u]);
-    }
-    return all_finite_f64(plan->units + 1, sum - 1, 1);
-}
+    atomic_ptrdiff_t task;
+    atomic_int not_finite;
+} pass;
 
 KERNEL static void divide(ptrdiff_t n, const double *restrict x, const double *restrict by,
                           double *restrict to) {
     for (ptrdiff_t i = 0; i < n; ++i)
         to[i] = x[i] / by[i];
+}
+
+KERNEL static int any_beyond(ptrdiff_t n, const double *restrict x, double limit) {
+    int any = 0;
+    for (ptrdiff_t i = 0; i < n; ++i)
+        any |= fabs(x[i]) > limit;
+    return any;
 }
 
 /* From the trees' products relative to the start to A = to_a / c and B = to_b c, and their inverses. */
@@ -263,83 +80,214 @@ KERNEL static void scale_products(ptrdiff_t n, const double *restrict to_a, cons
     }
 }
 
-/* A and B of every unit, relative to the reference scale, also by rows of blocks. A unit where one is 0 or
- * not finite, or -1. */
-static int64_t chain_products(gsgd_plan *plan) {
-    double *to_a = plan->to_a, *to_b = plan->to_b;
-    for (ptrdiff_t n = 0; n < plan->num_active; ++n) {
-        int64_t v = plan->in_order[n];
-        plan->in_w[v] = tree_weight(plan, &plan->in[v]);
-        plan->out_w[v] = tree_weight(plan, &plan->out[v]);
-    }
-    divide(plan->units, plan->in_w, plan->in0, to_a);
-    divide(plan->units, plan->out_w, plan->out0, to_b);
+/* A and B of every unit, relative to the reference scale, from the weights of in-edges and out-edges, (2,
+ * 1 + units): METHOD.md, section 4. Writes these rows of `solved`. */
+static void chain_products(gsgd_plan *plan, const double *trees, double *solved) {
+    double *a = solved + row_at(plan, GSGD_A), *b = solved + row_at(plan, GSGD_B),
+           *inv_a = solved + row_at(plan, GSGD_INV_A), *inv_b = solved + row_at(plan, GSGD_INV_B),
+           *to_a = plan->to_a, *to_b = plan->to_b;
+    divide(plan->units, trees + row_at(plan, GSGD_IN_WEIGHT), plan->in0, to_a);
+    divide(plan->units, trees + row_at(plan, GSGD_OUT_WEIGHT), plan->out0, to_b);
+    for (int64_t u = 0; plan->num_active < plan->units && u < plan->units; ++u)
+        if (!plan->active[u])
+            to_a[u] = to_b[u] = 1;
     for (ptrdiff_t n = 0; n < plan->num_active; ++n) {
         int64_t v = plan->in_order[n], u = plan->out_order[n];
         to_a[v] *= to_a[plan->in_unit[v]];
         to_b[u] *= to_b[plan->out_unit[u]];
     }
-    scale_products(plan->units, to_a, to_b, plan->c, plan->a, plan->b, plan->inv_a, plan->inv_b, plan->x,
-                   plan->inv_x);
-    for (ptrdiff_t k = 0; k < plan->blocks; ++k) {
-        if (plan->block[k].type == GSGD_FLOAT32)
-            spread_rows_f32(plan, &plan->block[k]);
-        else
-            spread_rows_f64(plan, &plan->block[k]);
-    }
-    if (all_finite_f64(plan->units, plan->x, 1) && all_finite_f64(plan->units, plan->inv_x, 1))
-        return -1;
-    for (int64_t v = 0;; ++v)
-        if (!isfinite(plan->x[v]) || !isfinite(plan->inv_x[v]))
-            return v;
+    a[-1] = b[-1] = inv_a[-1] = inv_b[-1] = 1;
+    scale_products(plan->units, to_a, to_b, plan->c, a, b, inv_a, inv_b, plan->x, plan->inv_x);
 }
 
-/* dl / dx of the chain that begins with v's in-edge, by the inverse chain rule. */
-static double chain_gradient(const job *j, int64_t v) {
-    const gsgd_plan *plan = j->plan;
-    const tree_edge *in = &plan->in[v];
-    double d = product(plan, in, plan->in_w[v], &plan->block[in->block].s, in->s) - plan->sum[v];
-    d *= plan->inv_x[v];
-    return j->options->norm == NULL ? d : d / j->options->norm[v];
+/* The factors of all rows; those for weight decay if there are rates that have it. */
+static void spread_rows(gsgd_plan *plan, const gsgd_rates *rates, const double *solved) {
+    const double *of_b = solved + row_at(plan, GSGD_B), *of_inv_b = solved + row_at(plan, GSGD_INV_B);
+    for (ptrdiff_t k = 0; k < plan->blocks; ++k) {
+        block *b = &plan->block[k];
+        int decays = rates != NULL && rates[b->array].weight_decay != 0;
+        if (b->type == GSGD_FLOAT32)
+            spread_rows_f32(b, of_b, of_inv_b, decays);
+        else
+            spread_rows_f64(b, of_b, of_inv_b, decays);
+    }
+}
+
+/* Gather: METHOD.md, section 2. */
+
+static int gather_block(block *b, ptrdiff_t first, ptrdiff_t last, int clips) {
+    int single = b->type == GSGD_FLOAT32;
+    if (!b->gathers && !clips)
+        return single ? check_pieces_f32(b, first, last) : check_pieces_f64(b, first, last);
+    if (single)
+        gather_pieces_f32(b, first, last, clips);
+    else
+        gather_pieces_f64(b, first, last, clips);
+    return 1;
+}
+
+static int is_summed(const block *b) { return b->counts && b->s.data != NULL; }
+
+static void gather_blocks(void *context) {
+    pass *p = context;
+    ptrdiff_t done = 0, task = next_piece(&p->task);
+    for (ptrdiff_t n = 0; n < p->plan->blocks; ++n) {
+        block *b = &p->plan->block[p->plan->order[n]];
+        ptrdiff_t tasks = b->gather_pieces && is_summed(b) ? (b->gather_pieces - 1) / b->gather_chunk + 1 : 0;
+        for (; task - done < tasks; task = next_piece(&p->task)) {
+            ptrdiff_t first = (task - done) * b->gather_chunk, last = first + b->gather_chunk;
+            if (!gather_block(b, first, last < b->gather_pieces ? last : b->gather_pieces, p->plan->clips))
+                atomic_store_explicit(&p->not_finite, 1, memory_order_relaxed);
+        }
+        done += tasks;
+    }
+}
+
+/* S(v) by chain root, from the columns of blocks. */
+static void sum_columns(const gsgd_plan *plan, double *sum) {
+    for (ptrdiff_t k = 0; k < plan->blocks; ++k) {
+        const block *b = &plan->block[k];
+        if (!b->gathers || b->rows == 0 || !is_summed(b))
+            continue;
+        for (ptrdiff_t j = 0, i = 0; j < b->groups * b->cols; ++j) {
+            double column = 0;
+            for (ptrdiff_t t = 0; t < b->taps; ++t, ++i)
+                column += b->column_sum[i];
+            sum[b->col_root[j]] += column;
+        }
+    }
+}
+
+/* 0 where the edge is not here, and where there is no such array. */
+static double load_edge(const gsgd_plan *plan, const tree_edge *e, int which) {
+    if (!e->counts)
+        return 0;
+    const block *b = &plan->block[e->block];
+    return b->view[which].data == NULL ? 0 : load_at(b->type, &b->view[which], e->at[which]);
+}
+
+static void read_weights(const gsgd_plan *plan, double *gathered) {
+    double *in_w = gathered + row_at(plan, GSGD_IN_WEIGHT), *out_w = gathered + row_at(plan, GSGD_OUT_WEIGHT);
+    for (ptrdiff_t n = 0; n < plan->num_active; ++n) {
+        int64_t u = plan->in_order[n];
+        in_w[u] = load_edge(plan, &plan->in[u], VIEW_W);
+        out_w[u] = load_edge(plan, &plan->out[u], VIEW_W);
+    }
+}
+
+/* What else in-edges hold; and free edges leave the sums. */
+static void read_trees(const gsgd_plan *plan, double *gathered) {
+    const double *out_w = gathered + row_at(plan, GSGD_OUT_WEIGHT);
+    double *sum = gathered + row_at(plan, GSGD_SUM), *in_g = gathered + row_at(plan, GSGD_IN_GRADIENT),
+           *in_m = gathered + row_at(plan, GSGD_IN_M), *in_v = gathered + row_at(plan, GSGD_IN_V);
+    for (ptrdiff_t n = 0; n < plan->num_active; ++n) {
+        int64_t u = plan->in_order[n];
+        const tree_edge *in = &plan->in[u], *out = &plan->out[u];
+        in_g[u] = load_edge(plan, in, VIEW_S);
+        in_m[u] = load_edge(plan, in, VIEW_M);
+        in_v[u] = load_edge(plan, in, VIEW_V);
+        if (out->counts)
+            sum[plan->root[u]] -=
+                product(plan->block[out->block].type, out_w[u], load_edge(plan, out, VIEW_S));
+    }
 }
 
 /* The square that a tree edge has in column_square, times 1 / A^2. */
-static double edge_square(const gsgd_plan *plan, const tree_edge *e) {
-    const block *b = &plan->block[e->block];
-    if (b->g.data == NULL)
+static double edge_square(const gsgd_plan *plan, const tree_edge *e, double inv_a, double inv_b) {
+    if (!e->counts)
         return 0;
-    double inv_a = plan->inv_a[col_unit(b, e->index)], f = plan->inv_b[row_unit(b, e->index)];
-    double g = load_at(b->type, &b->g, e->g),
-           d = b->type == GSGD_FLOAT32 ? (double)((float)g * (float)f) : g * f;
-    return (b->type == GSGD_FLOAT32 ? (double)((float)d * (float)d) : d * d) * inv_a * inv_a;
+    gsgd_type type = plan->block[e->block].type;
+    double d = product(type, load_edge(plan, e, VIEW_G), inv_b);
+    return product(type, d, d) * inv_a * inv_a;
 }
 
-/* The sum of squares of dl / dx: of ordinary edges from the columns' sums less those of tree edges; and of
- * chains. */
-static double sum_of_squares(const job *j) {
-    const gsgd_plan *plan = j->plan;
-    double total = 0, chains = 0;
+/* The sum of squares of dl / dx of ordinary edges: from the columns' sums, less those of tree edges. */
+static double sum_of_squares(gsgd_plan *plan, const double *solved) {
+    const double *inv_a = solved + row_at(plan, GSGD_INV_A), *inv_b = solved + row_at(plan, GSGD_INV_B);
+    double total = 0;
     for (ptrdiff_t k = 0; k < plan->blocks; ++k) {
         const block *b = &plan->block[k];
-        if (b->rows == 0 || b->g.data == NULL)
+        if (b->rows == 0 || !is_summed(b))
             continue;
         for (ptrdiff_t n = 0, i = 0; n < b->groups * b->cols; ++n) {
-            double column = 0, inv_a = plan->inv_a[b->col_unit[n]];
+            double column = 0, by_a = inv_a[b->col_unit[n]];
             for (ptrdiff_t t = 0; t < b->taps; ++t, ++i)
                 column += b->column_square[i];
-            total += column * inv_a * inv_a;
+            total += column * by_a * by_a;
         }
     }
     for (ptrdiff_t n = 0; n < plan->num_active; ++n) {
         int64_t v = plan->in_order[n];
-        total -= edge_square(plan, &plan->out[v]);
-        if (plan->in_is_free[v] || plan->block[plan->in[v].block].g.data == NULL)
+        total -= edge_square(plan, &plan->out[v], inv_a[v], inv_b[plan->out_unit[v]]);
+        if (!plan->in_is_free[v])
+            total -= edge_square(plan, &plan->in[v], inv_a[plan->in_unit[v]], inv_b[v]);
+    }
+    return total;
+}
+
+/* Zeros where no unit with edges is. */
+static void clear(const gsgd_plan *plan, double *rows, int count) {
+    if (plan->num_active < plan->units)
+        memset(rows, 0, (size_t)(count * (plan->units + 1)) * sizeof *rows);
+    for (int i = 0; i < count; ++i)
+        rows[row_at(plan, i) - 1] = 0;
+}
+
+static int threads_for(const gsgd_plan *plan, const gsgd_options *options) {
+    return plan->entries < SERIAL ? 1 : options->threads;
+}
+
+/* gsgd_gather from the views at hand. */
+static void gather(gsgd_plan *plan, const gsgd_options *options, const double *trees, double *gathered) {
+    pass p = {.plan = plan};
+    double *sum = gathered + row_at(plan, GSGD_SUM);
+    clear(plan, gathered, GSGD_GATHERED);
+    memset(sum, 0, (size_t)plan->units * sizeof *sum);
+    read_weights(plan, gathered);
+    if (plan->clips) {
+        chain_products(plan, trees == NULL ? gathered : trees, plan->solved);
+        spread_rows(plan, NULL, plan->solved);
+    }
+    run_team(&plan->gather_team, threads_for(plan, options), gather_blocks, &p);
+    sum_columns(plan, sum);
+    read_trees(plan, gathered);
+    if (plan->clips)
+        gathered[row_at(plan, GSGD_IN_GRADIENT) - 1] = sum_of_squares(plan, plan->solved);
+    if (p.not_finite)
+        sum[-1] = NAN;
+}
+
+/* Solve: METHOD.md, section 3. */
+
+typedef struct {
+    gsgd_plan *plan;
+    const gsgd_options *options;
+    const double *in_w, *sum, *in_g, *in_m, *in_v;
+    double *new_w, *new_m, *new_v, *inv_rho;
+    double clip;
+    ptrdiff_t limited;
+} solver;
+
+/* dl / dx of the chain that begins with v's in-edge, by the inverse chain rule. */
+static double chain_gradient(const solver *s, int64_t v) {
+    const gsgd_plan *plan = s->plan;
+    double d = product(plan->type[plan->in_array[v]], s->in_w[v], s->in_g[v]) - s->sum[v];
+    d *= plan->inv_x[v];
+    return s->options->norm == NULL ? d : d / s->options->norm[v];
+}
+
+/* The norm of dl / dx, of ordinary edges, from their sum of squares, and of chains. */
+static double gradient_norm(const solver *s, double ordinary) {
+    const gsgd_plan *plan = s->plan;
+    double chains = 0;
+    for (ptrdiff_t n = 0; n < plan->num_active; ++n) {
+        int64_t v = plan->in_order[n];
+        if (plan->in_is_free[v] || !plan->has_gradient[plan->in_array[v]])
             continue;
-        double d = chain_gradient(j, v);
-        total -= edge_square(plan, &plan->in[v]);
+        double d = chain_gradient(s, v);
         chains += d * d;
     }
-    return (total < 0 ? 0 : total) + chains; /* NaN stays */
+    return sqrt((ordinary < 0 ? 0 : ordinary) + chains); /* NaN stays */
 }
 
 /* |r| limited to [1 / most, most], with the sign of r; 0 counts as positive. */
@@ -351,213 +299,196 @@ static double limited(double r, double most) {
 
 /* The path ratio of the chain that begins with v's in-edge. 0: not finite, or so small that its inverse is
  * not. */
-static int solve_chain(job *j, int64_t v) {
-    gsgd_plan *plan = j->plan;
-    const tree_edge *in = &plan->in[v];
-    const block *b = &plan->block[in->block];
-    const gsgd_rates *o = &j->options->rates[b->array];
-    const rates_f64 rates = rates_of_f64(o, b->m.data != NULL, j->clip);
-    double r = 1;
-    double m1 = b->m.data == NULL ? 0 : load_at(b->type, &b->m, in->m);
-    double m2 = b->v.data == NULL ? 0 : load_at(b->type, &b->v, in->v);
-    if (b->g.data != NULL) {
-        double d = rates.clip * chain_gradient(j, v);
-        r = 1 - o->lr * direction_f64(d, &m1, &m2, &rates, o->method, rates.moves) * plan->inv_x[v];
+static int solve_chain(solver *s, int64_t v) {
+    gsgd_plan *plan = s->plan;
+    int64_t array = plan->in_array[v];
+    const gsgd_rates *o = &s->options->rates[array];
+    const rates_f64 rates = rates_of_f64(o, plan->has_m[array], s->clip);
+    double r = 1, m = s->in_m[v], m2 = s->in_v[v];
+    if (plan->has_gradient[array]) {
+        double d = rates.clip * chain_gradient(s, v);
+        r = 1 - o->lr * direction_f64(d, &m, &m2, &rates, o->method, rates.moves) * plan->inv_x[v];
     }
-    plan->ratio[v] = limited(r, j->options->max_ratio);
-    plan->inv_rho[v] = 1 / plan->ratio[v];
-    if (!isfinite(r) || !isfinite(plan->inv_rho[v]))
+    plan->ratio[v] = limited(r, s->options->max_ratio);
+    s->inv_rho[v] = 1 / plan->ratio[v];
+    if (!isfinite(r) || !isfinite(s->inv_rho[v]))
         return 0;
-    j->clamped += r != plan->ratio[v];
-    plan->in_w[v] *= plan->ratio[v] * plan->inv_rho[plan->in_unit[v]];
-    if (b->type == GSGD_FLOAT32 && fabs(plan->in_w[v]) > FLT_MAX)
+    s->limited += r != plan->ratio[v];
+    s->new_w[v] = s->in_w[v] * (plan->ratio[v] * s->inv_rho[plan->in_unit[v]]);
+    if (plan->type[array] == GSGD_FLOAT32 && fabs(s->new_w[v]) > FLT_MAX)
         return 0;
-    plan->new_m[v] = m1;
-    plan->new_v[v] = m2;
+    s->new_m[v] = m;
+    s->new_v[v] = m2;
     return 1;
 }
 
-/* A unit one of whose factors is finite, but not in float32; or -1. */
-static int64_t overflow(const gsgd_plan *plan) {
-    const double *factor[] = {plan->a, plan->b, plan->inv_a, plan->inv_b, plan->inv_rho};
-    for (int i = 0; i < 5; ++i)
-        for (int64_t v = 0; v < plan->units; ++v)
-            if (plan->active[v] && fabs(factor[i][v]) > FLT_MAX)
-                return v;
-    return -1;
+/* A unit one of whose factors is finite, but not in float32, where some array is; or -1. */
+static int64_t overflow(const gsgd_plan *plan, const double *solved) {
+    const double *factors = solved + row_at(plan, GSGD_A) - 1;
+    ptrdiff_t row = plan->units + 1, count = (GSGD_INV_RHO - GSGD_A + 1) * row, first = 0;
+    int single = 0;
+    for (ptrdiff_t i = 0; i < plan->arrays; ++i)
+        single |= plan->type[i] == GSGD_FLOAT32;
+    if (!single || !any_beyond(count, factors, FLT_MAX))
+        return -1;
+    while (fabs(factors[first]) <= FLT_MAX)
+        ++first;
+    return first % row - 1;
 }
 
-static gsgd_status solve(job *j) {
-    gsgd_plan *plan = j->plan;
-    j->unit = -1;
-    if (atomic_load(&j->not_finite) || !sum_by_root(plan))
+/* A unit that has no finite x or 1 / x, or -1. */
+static int64_t no_path_value(const gsgd_plan *plan) {
+    if (all_finite_f64(plan->units, plan->x, 1) && all_finite_f64(plan->units, plan->inv_x, 1))
+        return -1;
+    for (int64_t v = 0;; ++v)
+        if (!isfinite(plan->x[v]) || !isfinite(plan->inv_x[v]))
+            return v;
+}
+
+gsgd_status gsgd_solve(gsgd_plan *plan, const double *gathered, const gsgd_options *options, double *solved,
+                       ptrdiff_t *clamped, int64_t *unit) {
+    ptrdiff_t units = plan->units;
+    solver s = {
+        .plan = plan,
+        .options = options,
+        .in_w = gathered + row_at(plan, GSGD_IN_WEIGHT),
+        .sum = gathered + row_at(plan, GSGD_SUM),
+        .in_g = gathered + row_at(plan, GSGD_IN_GRADIENT),
+        .in_m = gathered + row_at(plan, GSGD_IN_M),
+        .in_v = gathered + row_at(plan, GSGD_IN_V),
+        .inv_rho = solved + row_at(plan, GSGD_INV_RHO),
+        .new_w = solved + row_at(plan, GSGD_IN_WEIGHT),
+        .new_m = solved + row_at(plan, GSGD_NEW_M),
+        .new_v = solved + row_at(plan, GSGD_NEW_V),
+        .clip = 1,
+    };
+    *clamped = 0;
+    clear(plan, solved, GSGD_SOLVED);
+    chain_products(plan, gathered, solved);
+    if ((*unit = no_path_value(plan)) >= 0 || !all_finite_f64(units + 1, s.sum - 1, 1))
         return GSGD_NOT_FINITE;
-    if (plan->clips) {
-        double norm = sqrt(sum_of_squares(j));
+    if (isfinite(options->clip_norm)) {
+        double norm = gradient_norm(&s, s.in_g[-1]);
         if (!isfinite(norm))
             return GSGD_NOT_FINITE;
-        j->clip = fmin(1, j->options->clip_norm / (norm + 1e-6)); /* as torch's clip_grad_norm_ */
+        s.clip = fmin(1, options->clip_norm / (norm + 1e-6)); /* as torch's clip_grad_norm_ */
     }
+    s.inv_rho[-1] = 1;
+    memcpy(s.new_w, s.in_w, (size_t)units * sizeof *s.new_w);
+    memcpy(solved + row_at(plan, GSGD_OUT_WEIGHT), gathered + row_at(plan, GSGD_OUT_WEIGHT),
+           (size_t)units * sizeof *s.new_w);
     for (ptrdiff_t n = 0; n < plan->num_active; ++n) {
         int64_t v = plan->in_order[n];
         if (plan->in_is_free[v]) {
-            plan->inv_rho[v] = plan->inv_rho[plan->root[v]];
-        } else if (!solve_chain(j, v)) {
-            j->unit = v;
+            s.inv_rho[v] = s.inv_rho[plan->root[v]];
+            s.new_m[v] = s.new_v[v] = 0;
+        } else if (!solve_chain(&s, v)) {
+            *unit = v;
             return GSGD_NOT_FINITE;
         }
     }
-    int single = 0;
-    for (ptrdiff_t k = 0; k < plan->blocks; ++k)
-        single |= plan->block[k].type == GSGD_FLOAT32;
-    if (single && (j->unit = overflow(plan)) >= 0)
-        return GSGD_NOT_FINITE;
-    for (ptrdiff_t k = 0; k < plan->blocks; ++k) {
-        block *b = &plan->block[k];
-        int decays = j->options->rates[b->array].weight_decay != 0;
-        if (b->type == GSGD_FLOAT32)
-            spread_lines_f32(plan, b, decays);
-        else
-            spread_lines_f64(plan, b, decays);
-    }
-    return GSGD_OK;
+    s.new_w[-1] = s.clip;
+    *clamped = s.limited;
+    return (*unit = overflow(plan, solved)) < 0 ? GSGD_OK : GSGD_NOT_FINITE;
 }
 
-/* Give a tree edge its weight and moments. */
-static void store_edge(const gsgd_plan *plan, const tree_edge *e, double w, double m, double v) {
-    const block *b = &plan->block[e->block];
-    store_at(b->type, &b->w, e->w, w);
-    if (b->m.data != NULL)
-        store_at(b->type, &b->m, e->m, m);
-    if (b->v.data != NULL)
-        store_at(b->type, &b->v, e->v, v);
-}
+/* Apply: METHOD.md, section 3. */
 
-static void store_trees(const gsgd_plan *plan) {
-    for (ptrdiff_t n = 0; n < plan->num_active; ++n) {
-        int64_t v = plan->in_order[n];
-        if (!plan->in_is_free[v])
-            store_edge(plan, &plan->in[v], plan->in_w[v], plan->new_m[v], plan->new_v[v]);
-        store_edge(plan, &plan->out[v], plan->out_w[v], 0, 0);
-    }
-}
-
-static void work(void *context, int leader) {
-    job *j = context;
-    gather(j);
-    wait_for_all(j->threads);
-    if (leader)
-        j->status = solve(j);
-    wait_for_all(j->threads);
-    if (j->status == GSGD_OK)
-        apply(j);
-}
-
-/* Whether the block's views have the strides of the call before; remembers them. */
-static int same_strides(block *b) {
-    const view now[] = {b->w, b->g, b->s, b->m, b->v};
-    int same = 1;
-    for (int i = 0; i < 5; ++i) {
-        same &= (now[i].data == NULL) == (b->seen[i].data == NULL) &&
-                (now[i].data == NULL || memcmp(now[i].stride, b->seen[i].stride, sizeof now[i].stride) == 0);
-        b->seen[i] = now[i];
-    }
-    return same;
-}
-
-static void locate(const gsgd_plan *plan, tree_edge *e) {
-    const block *b = &plan->block[e->block];
-    e->w = offset_of(&b->w, e->index);
-    e->g = offset_of(&b->g, e->index);
-    e->s = offset_of(&b->s, e->index);
-    e->m = offset_of(&b->m, e->index);
-    e->v = offset_of(&b->v, e->index);
-}
-
-/* See the caller's arrays, and plan the walk over them unless it is that of the call before. The number of
- * entries. */
-static ptrdiff_t plan_work(gsgd_plan *plan, const gsgd_array *weights, const gsgd_array *gradients,
-                           const gsgd_array *sums, const gsgd_array *m, const gsgd_array *v, int clips) {
-    ptrdiff_t size = 0;
-    int changed = 0, other_pieces = clips != plan->clips;
-    plan->clips = clips;
-    gsgd_bind(plan, weights, offsetof(block, w));
-    gsgd_bind(plan, gradients, offsetof(block, g));
-    gsgd_bind(plan, sums, offsetof(block, s));
-    gsgd_bind(plan, m, offsetof(block, m));
-    gsgd_bind(plan, v, offsetof(block, v));
-    for (ptrdiff_t k = 0; k < plan->blocks; ++k) {
-        block *b = &plan->block[k];
-        size += b->groups * b->rows * b->cols * b->taps;
-        if (!same_strides(b)) {
-            changed = 1;
-            plan_walk(b);
-            plan_pieces(b, clips);
-        } else if (other_pieces) {
-            plan_pieces(b, clips);
+/* Backwards: what was gathered last is still in the cache. */
+static void apply_blocks(void *context) {
+    pass *p = context;
+    ptrdiff_t done = 0, task = next_piece(&p->task);
+    for (ptrdiff_t n = p->plan->blocks; n-- > 0;) {
+        block *b = &p->plan->block[p->plan->order[n]];
+        ptrdiff_t tasks = b->apply_pieces ? (b->apply_pieces - 1) / b->apply_chunk + 1 : 0;
+        for (; task - done < tasks; task = next_piece(&p->task)) {
+            ptrdiff_t first = (tasks - 1 - (task - done)) * b->apply_chunk, last = first + b->apply_chunk;
+            last = last < b->apply_pieces ? last : b->apply_pieces;
+            if (b->type == GSGD_FLOAT32)
+                apply_pieces_f32(b, first, last, &p->rates[b->array], p->clip);
+            else
+                apply_pieces_f64(b, first, last, &p->rates[b->array], p->clip);
         }
+        done += tasks;
     }
-    for (ptrdiff_t n = 0; changed && n < plan->num_active; ++n) {
-        locate(plan, &plan->in[plan->in_order[n]]);
-        locate(plan, &plan->out[plan->in_order[n]]);
-    }
-    return size;
 }
 
-/* Threads wait for each other, and one whose core another process has makes all others wait, for longer than
- * it would have saved. So several threads are used on credit. Against the time of a step in one thread, their
- * steps earn what they save and spend what they lose, and every step in one thread earns a 32nd of its time:
- * enough for another try now and then. The time of a step in one thread is measured again after every 64 such
- * times that several threads have had; it follows shorter times at once and longer ones slowly, which may be
- * accidents. The limits of the credit are 32 steps to lose after good times, and 2^15 to wait after bad ones.
- * Results never depend on any of this. */
-static int threads_that_pay(const gsgd_plan *plan, int most) {
-    return plan->credit < 0 || plan->unmeasured > 64 * plan->alone ? 1 : most;
+/* The factors of all lines. */
+static void spread_lines(gsgd_plan *plan, const gsgd_rates *rates, const double *solved) {
+    const double *a = solved + row_at(plan, GSGD_A), *inv_a = solved + row_at(plan, GSGD_INV_A),
+                 *inv_rho = solved + row_at(plan, GSGD_INV_RHO);
+    for (ptrdiff_t k = 0; k < plan->blocks; ++k) {
+        block *b = &plan->block[k];
+        int decays = rates[b->array].weight_decay != 0;
+        if (b->type == GSGD_FLOAT32)
+            spread_lines_f32(b, a, inv_a, inv_rho, decays);
+        else
+            spread_lines_f64(b, a, inv_a, inv_rho, decays);
+    }
 }
 
-static void learn_what_pays(gsgd_plan *plan, int threads, double seconds) {
-    if (threads == 1) {
-        double slower = fmin((3 * plan->alone + seconds) / 4, 1.25 * plan->alone);
-        plan->alone = plan->alone > 0 && seconds > plan->alone ? slower : seconds;
-        plan->credit += seconds / 32;
-        plan->unmeasured = 0;
-    } else {
-        plan->unmeasured += seconds;
-        if (plan->alone > 0)
-            plan->credit += plan->alone - seconds;
+/* Give a tree edge its weight and moments, if it is here. */
+static void store_edge(const gsgd_plan *plan, const tree_edge *e, double w, double m, double v) {
+    if (e->block < 0)
+        return;
+    const block *b = &plan->block[e->block];
+    store_at(b->type, &b->w, e->at[VIEW_W], w);
+    if (b->m.data != NULL)
+        store_at(b->type, &b->m, e->at[VIEW_M], m);
+    if (b->v.data != NULL)
+        store_at(b->type, &b->v, e->at[VIEW_V], v);
+}
+
+/* gsgd_apply to the views at hand. */
+static void apply(gsgd_plan *plan, const gsgd_options *options, const double *solved) {
+    const double *new_w = solved + row_at(plan, GSGD_IN_WEIGHT),
+                 *out_w = solved + row_at(plan, GSGD_OUT_WEIGHT), *new_m = solved + row_at(plan, GSGD_NEW_M),
+                 *new_v = solved + row_at(plan, GSGD_NEW_V);
+    pass p = {.plan = plan, .rates = options->rates, .clip = new_w[-1]};
+    spread_rows(plan, options->rates, solved);
+    spread_lines(plan, options->rates, solved);
+    run_team(&plan->apply_team, threads_for(plan, options), apply_blocks, &p);
+    for (ptrdiff_t n = 0; n < plan->num_active; ++n) {
+        int64_t u = plan->in_order[n];
+        if (!plan->in_is_free[u])
+            store_edge(plan, &plan->in[u], new_w[u], new_m[u], new_v[u]);
+        store_edge(plan, &plan->out[u], out_w[u], 0, 0);
     }
-    plan->credit = fmax(-1024 * plan->alone, fmin(32 * plan->alone, plan->credit));
+}
+
+/* See all arrays of a step. */
+static void see(gsgd_plan *plan, const gsgd_array *weights, const gsgd_array *gradients,
+                const gsgd_array *sums, const gsgd_array *m, const gsgd_array *v, int clips) {
+    const gsgd_array *arrays[VIEWS] = {weights, gradients, sums, m, v};
+    for (int i = 0; i < VIEWS; ++i)
+        gsgd_bind(plan, arrays[i], i);
+    for (ptrdiff_t i = 0; i < plan->arrays; ++i) {
+        plan->has_gradient[i] = gradients[i].data != NULL;
+        plan->has_m[i] = m != NULL && m[i].data != NULL;
+    }
+    gsgd_plan_walk(plan, clips);
+}
+
+void gsgd_gather(gsgd_plan *plan, const gsgd_array *weights, const gsgd_array *gradients,
+                 const gsgd_array *sums, const gsgd_array *m, const gsgd_array *v,
+                 const gsgd_options *options, const double *trees, double *gathered) {
+    see(plan, weights, gradients, sums, m, v, isfinite(options->clip_norm));
+    gather(plan, options, trees, gathered);
+}
+
+void gsgd_apply(gsgd_plan *plan, const gsgd_array *weights, const gsgd_array *gradients, const gsgd_array *m,
+                const gsgd_array *v, const gsgd_options *options, const double *solved) {
+    see(plan, weights, gradients, gradients, m, v, plan->clips);
+    apply(plan, options, solved);
 }
 
 gsgd_status gsgd_step(gsgd_plan *plan, const gsgd_array *weights, const gsgd_array *gradients,
                       const gsgd_array *sums, const gsgd_array *m, const gsgd_array *v,
                       const gsgd_options *options, ptrdiff_t *clamped, int64_t *unit) {
-    ptrdiff_t size = plan_work(plan, weights, gradients, sums, m, v, isfinite(options->clip_norm));
-    *clamped = 0;
-    if ((*unit = chain_products(plan)) >= 0)
-        return GSGD_NOT_FINITE;
-    int several = size >= SERIAL && options->threads > 1;
-    job j = {
-        .plan = plan,
-        .options = options,
-        .clip = 1,
-        .threads = several ? threads_that_pay(plan, options->threads) : 1,
-    };
-    double begin = several ? clock_now() : 0;
-    run_parallel(j.threads, work, &j);
-    if (j.status == GSGD_OK && several)
-        learn_what_pays(plan, j.threads, clock_now() - begin);
-    if (j.status == GSGD_OK)
-        store_trees(plan);
-    *clamped = j.clamped;
-    *unit = j.unit;
-    return j.status;
-}
-
-gsgd_status gsgd_gather(gsgd_plan *plan, const gsgd_array *weights, const gsgd_array *gradients,
-                        const gsgd_array *sums) {
-    job j = {.plan = plan};
-    plan_work(plan, weights, gradients, sums, NULL, NULL, 0);
-    gather(&j);
-    return sum_by_root(plan) ? GSGD_OK : GSGD_NOT_FINITE;
+    see(plan, weights, gradients, sums, m, v, isfinite(options->clip_norm));
+    gather(plan, options, NULL, plan->gathered);
+    gsgd_status status = gsgd_solve(plan, plan->gathered, options, plan->solved, clamped, unit);
+    if (status == GSGD_OK)
+        apply(plan, options, plan->solved);
+    return status;
 }

@@ -15,7 +15,8 @@ import throughput
 import torch
 from architectures import CONV_NETS
 from data import DEFAULT_FOLDER
-from plans import CONV_SETS, PLANS, Plan, Scale, counts
+from methods import FAMILIES
+from plans import CONV_SETS, DENSE_SETS, PLANS, Plan, Scale, counts
 from training import train_all
 
 HERE = Path(__file__).parent
@@ -39,14 +40,20 @@ def parser() -> argparse.ArgumentParser:
         one.add_argument("--epochs", type=int)
         one.add_argument("--seeds", type=int, help="how many: 0, 1, ...")
         one.add_argument("--rates", type=float, nargs="+", help="the grid of learning rates")
-        one.add_argument("--only", metavar="TEXT", help="the settings and methods whose names contain it")
+        one.add_argument(
+            "--only", metavar="TEXT", nargs="+", help="settings and methods whose names contain one of them"
+        )
         one.add_argument("--images", type=int, help="training images used")
         one.add_argument(
             "--data", type=Path, default=DEFAULT_FOLDER, help="folder of the data sets (default: %(default)s)"
         )
         if PLANS[name].paper.nets:
             one.add_argument("--nets", nargs="+", choices=CONV_NETS, help="networks of convolutions")
-            one.add_argument("--sets", nargs="+", choices=CONV_SETS, help="their data sets")
+        if PLANS[name].paper.sets:
+            own = CONV_SETS if PLANS[name].paper.nets else DENSE_SETS
+            one.add_argument("--sets", nargs="+", choices=own, help="data sets")
+        if PLANS[name].by_rate:
+            one.add_argument("--families", nargs="+", choices=FAMILIES, help="optimizers, compared with their variants")
     return top
 
 
@@ -55,7 +62,7 @@ def scale_of(plan: Plan, options: argparse.Namespace) -> Scale:
     scale = plan.paper if options.protocol == "paper" else plan.laptop
     given = {"epochs": options.epochs, "seeds": options.seeds, "widths": options.width, "rates": options.rates,
              "images": options.images, "conv_images": options.images, "nets": getattr(options, "nets", None),
-             "sets": getattr(options, "sets", None)}  # fmt: skip
+             "sets": getattr(options, "sets", None), "families": getattr(options, "families", None)}  # fmt: skip
     changed: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items() if v is not None}
     return replace(scale, **changed)
 
@@ -64,10 +71,12 @@ def check_settings(path: Path, settings: dict[str, Any]) -> None:
     """Results of other settings are not continued; more of what is listed may be added."""
     if path.exists():
         old = json.loads(path.read_text())
-        extends = ("seeds", "widths", "rates", "nets", "sets", "lambdas", "data", "leaves_out", "threads", "device")
-        differ = [k for k in settings if k not in extends and old.get(k) != settings[k]]
+        extends = {"seeds", "widths", "rates", "nets", "sets", "lambdas", "rescaled", "feed_forward", "families"}
+        extends |= {"data", "leaves_out", "threads", "device"}
+        old = asdict(Scale(0, 0, (), ())) | old  # settings that are newer than the file
+        differ = [k for k in settings if k not in extends and old[k] != settings[k]]
         if differ:
-            names = ", ".join(f"{k} {old.get(k)} there, {settings[k]} now" for k in differ)
+            names = ", ".join(f"{k} {old[k]} there, {settings[k]} now" for k in differ)
             raise ValueError(f"{path.parent} holds results of other settings ({names}): name another folder with --out")
     path.write_text(json.dumps(settings, indent=1) + "\n")
 
@@ -77,9 +86,9 @@ def train(command: str, options: argparse.Namespace, out: Path) -> str:
     scale = scale_of(plan, options)
     print(f"{command}: {plan.what}\n{scale}", flush=True)
     every = plan.runs(scale, options.data)
-    runs = [run for run in every if (options.only or "") in f"{run.setting}: {run.name}"]
+    runs = [run for run in every if any(text in f"{run.setting}: {run.name}" for text in options.only or [""])]
     if not runs:
-        raise ValueError(f"--only {options.only!r}: no setting and no method of {command} is called so")
+        raise ValueError(f"--only {' '.join(options.only)!r}: no setting and no method of {command} is called so")
     names = sorted({run.task.data.name for run in every})
     settings = {**asdict(scale), "data": names, "threads": options.threads, "device": options.device.type}
     out.mkdir(parents=True, exist_ok=True)
@@ -89,6 +98,9 @@ def train(command: str, options: argparse.Namespace, out: Path) -> str:
     title = f"{', '.join(sizes)}; {scale.epochs} epochs, mean of {scale.seeds} seeds, best learning rate of each method"
     if plan.x_label:
         report.against_setting(rows, plan.x_label, title, out / "figure.png")
+    elif plan.by_rate:
+        report.against_rate(runs, rows, out / "figure.png")
+        report.against_start(runs, rows, out / "starts.png")
     else:
         report.curves(rows, title, out / "figure.png")
     head = f"{title}.\nTraining loss after the last epoch (nats), test error: mean ± standard deviation over seeds."
@@ -97,8 +109,9 @@ def train(command: str, options: argparse.Namespace, out: Path) -> str:
     left = f"This protocol ({options.protocol}) leaves out: {scale.leaves_out}."
     if changed:
         left += f" Changed here: {', '.join(changed)}."
+    best = f"\n\n{report.overview(runs, rows)}\n\n{report.summary(runs, rows)}" if plan.by_rate else ""
     size = f"\n\n{counts(scale.widths)}" if command == "invariance" else ""
-    text = f"{head}\n{left}{size}\n\n{report.table(runs, rows)}\n"
+    text = f"{head}\n{left}{size}{best}\n\n{report.table(runs, rows)}\n"
     if {run.name for run in runs} >= {name for pair in report.GAINS.values() for name in pair}:
         text += f"\nGains by start and step, seed by seed (positive: the second is better):\n\n{report.gains(rows)}\n"
     return text

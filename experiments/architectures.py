@@ -1,4 +1,4 @@
-"""The paper's networks."""
+"""The paper's networks, and those that we compare optimizers on."""
 
 from __future__ import annotations
 
@@ -18,13 +18,14 @@ def mlp(widths: Sequence[int], bias: bool = False) -> nn.Sequential:
     return nn.Sequential(*layers[:-1])
 
 
-def cnn(width: int, classes: int) -> nn.Sequential:
-    """Seven layers without normalization: six 3x3 convolutions, every second of which strides, and a dense one."""
+def cnn(width: int, classes: int, batch_norm: bool = False) -> nn.Sequential:
+    """Seven layers: six 3x3 convolutions, every second of which strides, and a dense one."""
     layers: list[nn.Module] = []
     read = 3
     for stage in range(3):
         for stride in (1, 2):
-            layers += [nn.Conv2d(read, width << stage, 3, stride, 1), nn.ReLU()]
+            layers.append(nn.Conv2d(read, width << stage, 3, stride, 1, bias=not batch_norm))
+            layers += [nn.BatchNorm2d(width << stage)] * batch_norm + [nn.ReLU()]
             read = width << stage
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(read, classes))
 
@@ -89,3 +90,44 @@ CONV_NETS = {
     "ResNet-34": ((3, 4, 6, 3), "projection"),
     "ResNet-110": ((18, 18, 18), "padding"),
 }
+
+
+class TransformerBlock(nn.Module):
+    """Pre-norm: causal self-attention with heads of 16 channels, then a network of 4 (gated: 8/3) times the width."""
+
+    def __init__(self, width: int, gated: bool) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
+        self.norm2 = nn.LayerNorm(width)
+        hidden = 8 * width // 3 if gated else 4 * width
+        self.gate = nn.Linear(width, hidden) if gated else None
+        self.up = nn.Linear(width, hidden)
+        self.down = nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        samples, length, width = x.shape
+        q, k, v = (t.view(samples, length, -1, 16).transpose(1, 2) for t in self.qkv(self.norm1(x)).chunk(3, -1))
+        seen = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + self.out(seen.transpose(1, 2).reshape(samples, length, width))
+        h = self.norm2(x)
+        return x + self.down(F.relu(self.up(h)) if self.gate is None else F.silu(self.gate(h)) * self.up(h))
+
+
+class CharacterModel(nn.Module):
+    """A decoder-only transformer on characters: logits, shape ``(samples, length, symbols)``."""
+
+    def __init__(self, symbols: int, context: int, width: int, depth: int, gated: bool = False) -> None:
+        super().__init__()
+        self.token = nn.Embedding(symbols, width)
+        self.position = nn.Embedding(context, width)
+        self.blocks = nn.Sequential(*(TransformerBlock(width, gated) for _ in range(depth)))
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, symbols)
+        for table in (self.token, self.position):
+            nn.init.normal_(table.weight, std=0.02)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.token(x) + self.position(torch.arange(x.shape[1], device=x.device))
+        return self.head(self.norm(self.blocks(h)))

@@ -7,6 +7,7 @@ import pickle
 import tarfile
 from collections.abc import Sequence
 from pathlib import Path
+from pydoc_data.topics import topics
 from typing import NamedTuple
 
 import numpy as np
@@ -30,7 +31,11 @@ SOURCES = {
 
 
 class Data(NamedTuple):
-    """Images, shapes ``(count, channels, height, width)``, in [0, 1], and their classes, shapes ``(count,)``."""
+    """What a network reads, and the classes that it shall answer; the first axis counts samples.
+
+    Images, shapes ``(count, channels, height, width)``, in [0, 1], and their classes, shapes ``(count,)``; or texts,
+    shapes ``(count, length)``, and the characters that follow, of the same shapes.
+    """
 
     name: str
     train_x: Tensor
@@ -96,6 +101,23 @@ def digits() -> Data:
 
 def fashion_mnist(folder: Path) -> Data:
     return _idx("fashion-mnist", [folder / "fashion-mnist", Path("/usr/share/datasets/fashion-mnist")], folder)
+
+
+def python_topics(length: int) -> Data:
+    """The help texts that come with Python, in windows of `length` characters; each tenth is for the test.
+
+    No files are needed. Characters are bytes; those that are rarer than 1 in 10,000 are one symbol.
+    """
+    text = "\n\n".join(text for _, text in sorted(topics.items())).encode()
+    symbols, counts = np.unique(np.frombuffer(text, np.uint8), return_counts=True)
+    kept = symbols[counts >= len(text) / 10_000]
+    number = np.full(256, len(kept))
+    number[kept] = np.arange(len(kept))
+    codes = torch.from_numpy(number[np.frombuffer(text, np.uint8)])
+    windows = codes[: (len(codes) - 1) // length * length].view(-1, length)
+    following = codes[1 : windows.numel() + 1].view(-1, length)
+    test = torch.arange(len(windows)) // 10 % 10 == 9
+    return Data("Python's help", windows[~test], following[~test], windows[test], following[test])
 
 
 def _idx(name: str, folders: Sequence[Path], named: Path) -> Data:

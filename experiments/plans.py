@@ -9,15 +9,18 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from architectures import CONV_NETS, ConvNet, cnn, mlp
-from data import Data, cifar10, cifar100, fashion_mnist, mnist
-from methods import METHODS, PAPER, PATH_SGD, Method, StartName
+from architectures import CONV_NETS, CharacterModel, ConvNet, cnn, mlp
+from data import Data, cifar10, cifar100, fashion_mnist, mnist, python_topics
+from methods import METHODS, PAPER, PATH_SGD, Method, StartName, modern_lines, paper_lines
 from training import Run, Task
 
 import gsgd.torch
 
 SGD_GRID = (0.1, 0.03, 0.01)
+MODERN_GRID = (0.1, 0.03, 0.01, 0.003, 0.001)
+TRANSFORMER_GRID = (0.1, 0.03, 0.01, 0.003)
 CONV_SETS = {"cifar-10": cifar10, "cifar-100": cifar100}
+DENSE_SETS = {"mnist": mnist, "fashion-mnist": fashion_mnist}
 
 Tasks = dict[str, tuple[Task, Mapping[str, Method]]]
 
@@ -26,7 +29,9 @@ Tasks = dict[str, tuple[Task, Mapping[str, Method]]]
 class Scale:
     """`images` limits the training images of dense networks, `conv_images` those of networks of convolutions.
 
-    The latter, of the data sets `sets`, are average-pooled by `shrink` for the networks `nets`.
+    The latter, of the data sets `sets`, are average-pooled by `shrink` for the networks `nets`. Every unit of a start
+    is rescaled by up to 10^k either way, for k in `rescaled`. `conv_batch` is also that of character models, of
+    `depth`, `context` and `feed_forward`. `families` are the optimizers that are compared with their variants.
     """
 
     epochs: int
@@ -40,18 +45,27 @@ class Scale:
     sets: tuple[str, ...] = ()
     conv_batch: int = 128
     lambdas: tuple[float, ...] = ()
+    rescaled: tuple[int, ...] = ()
+    depth: int = 2
+    context: int = 64
+    feed_forward: tuple[str, ...] = ()
+    families: tuple[str, ...] = ("SGD", "AdamW")
     leaves_out: str = "nothing"
 
 
 @dataclass(frozen=True)
 class Plan:
-    """`tasks`: a task and its methods per setting. `x_label`: the figure is drawn against the settings' numbers."""
+    """`tasks`: a task and its methods per setting.
+
+    The figure is drawn against epochs, against the settings' numbers where they have an `x_label`, or `by_rate`.
+    """
 
     what: str
     paper: Scale
     laptop: Scale
     tasks: Callable[[Scale, Path], Tasks]
     x_label: str | None = None
+    by_rate: bool = False
 
     def runs(self, scale: Scale, folder: Path) -> list[Run]:
         return [
@@ -62,8 +76,8 @@ class Plan:
         ]
 
 
-def mlp_task(data: Data, hidden: Sequence[int], **options: float) -> Task:
-    return Task(data, partial(mlp, (data.train_x[0].numel(), *hidden, data.classes)), **options)  # type: ignore[arg-type]
+def mlp_task(data: Data, hidden: Sequence[int], **options: Any) -> Task:
+    return Task(data, partial(mlp, (data.train_x[0].numel(), *hidden, data.classes)), **options)
 
 
 def pooled_fashion(scale: Scale, folder: Path) -> Data:
@@ -81,7 +95,7 @@ def conv_tasks(scale: Scale, folder: Path) -> dict[str, Task]:
         maps = max(1, width // 4) if net == "ResNet-110" else width
         model = partial(ConvNet, blocks, maps, shortcut, data.classes)
         name = f"{data.name}, {net}, {maps} maps"
-        tasks[name] = Task(data, model, scale.conv_batch, decay=True, augment=True)
+        tasks[name] = Task(data, model, scale.conv_batch, schedule="steps", augment=True)
     return tasks
 
 
@@ -114,15 +128,15 @@ def basis(scale: Scale, folder: Path) -> Tasks:
     momentum = {"momentum": 0.9}
     moving = {
         "SGD, He start": Method("he", "SGD", momentum, 0.1),
-        "SGD, ones start": Method("ones", "SGD", momentum, 0.1),
+        "SGD, ones start": Method("he", "SGD", momentum, 0.1, "ones", PAPER),
         **{f"G-SGD {s}": Method("he", "G-SGD", {"scale": s, **momentum}, 0.1) for s in scales},
     }
     normalized = {
         **{
-            f"G-SGD {s}, BN {bn}": Method("he", "G-SGD", {"scale": s, "batch_norm": bn})
+            f"G-SGD {s}, BN {bn}": Method("he", "G-SGD", {"scale": s}, trace={"batch_norm": bn})
             for s, bn in product(("initial", "ones"), ("exact", "paper", "released"))
         },
-        "G-SGD balanced, BN exact": Method("he", "G-SGD", {"scale": "balanced", "batch_norm": "exact"}),
+        "G-SGD balanced, BN exact": Method("he", "G-SGD", {"scale": "balanced"}, trace={"batch_norm": "exact"}),
     }
     data = pooled_fashion(scale, folder)
     dense: Tasks = {}
@@ -136,9 +150,9 @@ def signs(scale: Scale, folder: Path) -> Tasks:
     # with skeleton weights of +-1, the scale of the weights themselves gives the paper's rule
     methods = {
         "SGD, ones start": METHODS["SGD, ones start"],
-        "SGD, random signs": Method("signs", "SGD"),
+        "SGD, random signs": Method("he", "SGD", skeleton="signs", trace=PAPER),
         "G-SGD ones (paper)": METHODS["G-SGD ones (paper)"],
-        "G-SGD random signs": Method("signs", "G-SGD", {"scale": "initial", "max_ratio": None, **PAPER}),
+        "G-SGD random signs": Method("he", "G-SGD", {"scale": "initial", "max_ratio": None}, 1.0, "signs", PAPER),
     }
     data = pooled_fashion(scale, folder)
     dense: Tasks = {f"49-{h}-{h}-10": (mlp_task(data, (h, h)), methods) for h in scale.widths}
@@ -159,8 +173,8 @@ def regularization(scale: Scale, folder: Path) -> Tasks:
         decay = {"weight_decay": x}
         methods = {
             "SGD, default start": Method("default", "SGD", decay),
-            "SGD, ones start": Method("ones", "SGD", decay),
-            "G-SGD ones (paper)": Method("he", "G-SGD", {"scale": "ones", **PAPER, **decay}),
+            "SGD, ones start": Method("he", "SGD", decay, 1.0, "ones", PAPER),
+            "G-SGD ones (paper)": Method("he", "G-SGD", {"scale": "ones", **decay}, trace=PAPER),
             "G-SGD balanced": Method("he", "G-SGD", {"scale": "balanced", **decay}),
         }
         tasks |= each({f"{name}, lambda = {x:g}": task for name, task in nets.items()}, methods)
@@ -182,7 +196,7 @@ def robust(scale: Scale, folder: Path) -> Tasks:
     data = mnist(folder).fewer(scale.images)
     tasks: Tasks = {}
     for h, momentum in product(scale.widths, (0.0, 0.9)):
-        task = Task(data, partial(mlp, (data.train_x[0].numel(), *(h,) * 5, data.classes), True), decay=True)
+        task = Task(data, partial(mlp, (data.train_x[0].numel(), *(h,) * 5, data.classes), True), schedule="steps")
         tasks[f"784-{h}x5-10, biases, momentum {momentum:g}"] = (task, limited(("he", "default"), momentum))
     return tasks
 
@@ -193,12 +207,64 @@ def robust_cnn(scale: Scale, folder: Path) -> Tasks:
         data = CONV_SETS[name](folder).fewer(scale.conv_images).shrunk(scale.shrink)
         model = partial(cnn, width, data.classes)
         setting = f"{data.name}, CNN without BN, {width} maps"
-        tasks[setting] = Task(data, model, scale.conv_batch, decay=True, augment=True)
+        tasks[setting] = Task(data, model, scale.conv_batch, schedule="steps", augment=True)
     return each(tasks, limited(("default",)))
 
 
 def cifar(scale: Scale, folder: Path) -> Tasks:
     return each(conv_tasks(scale, folder), METHODS)
+
+
+def paper_5_1(scale: Scale, folder: Path) -> Tasks:
+    tasks: Tasks = {}
+    for net in scale.nets:
+        own = conv_tasks(replace(scale, nets=(net,)), folder)
+        measured = {name: replace(task, measured=5_000) for name, task in own.items()}
+        tasks |= each(measured, paper_lines(*CONV_NETS[net]))
+    return tasks
+
+
+def from_starts(name: str, task: Task, scale: Scale, lines: Mapping[str, Method]) -> Tasks:
+    """A start; and rescaled copies of it for what depends on the scale and, as a check, for what is said not to."""
+    plain = {n: m for n, m in lines.items() if not m.balance and "rule" not in m.options}
+    copies = {f"{name}; rescaled by up to {10**k}": (replace(task, rescaled=k), plain) for k in scale.rescaled}
+    return {f"{name}; own start": (task, lines), **copies}
+
+
+def modern(scale: Scale, folder: Path) -> Tasks:
+    tasks: Tasks = {}
+    for name, h in product(scale.sets, scale.widths):
+        data = DENSE_SETS[name](folder).fewer(scale.images)
+        model = partial(mlp, (data.train_x[0].numel(), *(h,) * 5, data.classes), True)
+        task = Task(data, model, schedule="cosine")
+        tasks |= from_starts(f"{data.name}, 784-{h}x5-10", task, scale, modern_lines("he", scale.families))
+    return tasks
+
+
+def modern_cnn(scale: Scale, folder: Path) -> Tasks:
+    tasks = conv_tasks(scale, folder)
+    for name, width, normalized in product(scale.sets, scale.widths, (False, True)):
+        data = CONV_SETS[name](folder).fewer(scale.conv_images).shrunk(scale.shrink)
+        model = partial(cnn, width, data.classes, normalized)
+        setting = f"{data.name}, CNN {'with' if normalized else 'without'} BN, {width} maps"
+        tasks[setting] = Task(data, model, scale.conv_batch, augment=True)
+    both: Tasks = {}
+    for setting, task in tasks.items():
+        both |= from_starts(setting, replace(task, schedule="cosine"), scale, modern_lines("he", scale.families))
+    return both
+
+
+def transformer(scale: Scale, folder: Path) -> Tasks:
+    data = python_topics(scale.context)
+    lines = {n: m for n, m in modern_lines("default", scale.families).items() if not m.balance}
+    if "AdamW" in scale.families:
+        lines["Muon"] = Method("default", "Muon", lr_factor=0.3)
+    tasks: Tasks = {}
+    for width, feed_forward in product(scale.widths, scale.feed_forward):
+        model = partial(CharacterModel, data.classes, scale.context, width, scale.depth, feed_forward == "SwiGLU")
+        name = f"{data.name}, {scale.depth} layers of {width}, {feed_forward}"
+        tasks |= from_starts(name, Task(data, model, scale.conv_batch, "cosine", measured=2_000), scale, lines)
+    return tasks
 
 
 NETS, SETS = ("Plain-34", "ResNet-34", "ResNet-110"), ("cifar-10", "cifar-100")
@@ -311,6 +377,95 @@ PLANS = {
             leaves_out=f"CIFAR-100; {CUT}; epochs 9 to 164; three of five seeds",
         ),
         cifar,
+    ),
+    "paper_5_1": Plan(
+        "section 5.1, tables 1 and 4, figure 3, from PyTorch's default start; the text and the released code",
+        Scale(164, 5, (64,), (1.0,), nets=NETS[:2], sets=("cifar-10",)),
+        Scale(
+            8,
+            2,
+            (8,),
+            (1.0,),
+            conv_images=10_000,
+            shrink=2,
+            nets=("Plain-34",),
+            sets=("cifar-10",),
+            leaves_out="feature maps 9 to 64 of the first stage; images beyond 10,000, pooled to 16 x 16; ResNet-34; "
+            "epochs 9 to 164; three of five seeds",
+        ),
+        paper_5_1,
+    ),
+    "modern": Plan(
+        "ours: SGD with momentum, AdamW and RMSprop, balanced or not, against GSGD, GAdam and GRMSprop; perceptrons",
+        Scale(
+            20,
+            5,
+            (64,),
+            MODERN_GRID,
+            rescaled=(1, 2),
+            sets=tuple(DENSE_SETS),
+            families=("SGD", "AdamW", "RMSprop"),
+        ),
+        Scale(
+            5,
+            3,
+            (64,),
+            MODERN_GRID,
+            20_000,
+            rescaled=(1, 2),
+            sets=tuple(DENSE_SETS),
+            leaves_out="RMSprop and GRMSprop; two thirds of the images; epochs 6 to 20; two of five seeds",
+        ),
+        modern,
+        by_rate=True,
+    ),
+    "modern_cnn": Plan(
+        "ours: the same optimizers, networks of convolutions with and without batch normalization",
+        Scale(100, 5, (64,), MODERN_GRID, rescaled=(1, 2), nets=("ResNet-10",), sets=("cifar-10",)),
+        Scale(
+            5,
+            2,
+            (8,),
+            MODERN_GRID,
+            conv_images=8_000,
+            shrink=2,
+            conv_batch=32,
+            rescaled=(1,),
+            sets=("cifar-10",),
+            leaves_out="ResNet-10; feature maps 9 to 64; images beyond 8,000, pooled to 16 x 16; batches of "
+            "128 (here 32); epochs 6 to 100; starts rescaled by up to 100; three of five seeds",
+        ),
+        modern_cnn,
+        by_rate=True,
+    ),
+    "transformer": Plan(
+        "ours: the same optimizers and Muon, a character model on the help texts that come with Python",
+        Scale(
+            60,
+            5,
+            (128,),
+            TRANSFORMER_GRID,
+            rescaled=(1, 2),
+            depth=4,
+            context=128,
+            conv_batch=64,
+            feed_forward=("ReLU", "SwiGLU"),
+        ),
+        Scale(
+            2,
+            2,
+            (64,),
+            (0.1, 0.03, 0.01),
+            rescaled=(1,),
+            context=32,
+            conv_batch=16,
+            feed_forward=("ReLU",),
+            families=("AdamW",),
+            leaves_out="SGD and G-SGD; SwiGLU; layers 3 and 4; width 128; contexts of 128 characters (here 32); "
+            "batches of 64 (here 16); epochs 3 to 60; starts rescaled by up to 100; three of five seeds",
+        ),
+        transformer,
+        by_rate=True,
     ),
 }
 

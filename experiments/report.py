@@ -119,6 +119,157 @@ def gains(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
+def over_seeds(by_rate: dict[float, list[Row]], run: Run) -> list[list[float]]:
+    """Final training losses by learning rate, upwards, and by seed; a run that diverged counts as guessing."""
+    guessing = math.log(run.task.data.classes)
+    ends = [sorted(by_rate[lr], key=lambda row: row["seed"]) for lr in sorted(by_rate)]
+    return [[guessing if math.isnan(x := row["train_loss"]) else min(x, guessing) for row in end] for end in ends]
+
+
+def interval(values: Sequence[float]) -> str:
+    """Mean and Student's 95 % interval over seeds."""
+    return f"{mean(values):+.3f} ± {half_width(values):.3f}"
+
+
+def best_and_grid(by_rate: dict[float, list[Row]], run: Run) -> tuple[list[float], list[float]]:
+    """Seed by seed the loss at the best learning rate, and its mean over all rates."""
+    losses = over_seeds(by_rate, run)
+    return losses[sorted(by_rate).index(best(by_rate))], [mean(seed) for seed in zip(*losses, strict=True)]
+
+
+def half_width(values: Sequence[float]) -> float:
+    """Of Student's 95 % interval over seeds."""
+    quantiles = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}
+    return quantiles[len(values)] * stdev(values) / len(values) ** 0.5 if len(values) > 1 else math.nan
+
+
+def overview(runs: Sequence[Run], rows: Sequence[Row]) -> str:
+    """Markdown: settings against methods, the training loss at the best learning rate."""
+    final = final_rows(rows)
+    names = list(dict.fromkeys(run.name for run in runs))
+    lines = [
+        "Training loss at the best learning rate, mean ± Student's 95 % interval over seeds.\n",
+        f"| start | {' | '.join(names)} |",
+        "|---" * (len(names) + 1) + "|",
+    ]
+    for setting in dict.fromkeys(run.setting for run in runs):
+        cells = []
+        for name in names:
+            end = (
+                [row["train_loss"] for row in final[setting, name][best(final[setting, name])]]
+                if (setting, name) in final
+                else []
+            )
+            diverged = any(math.isnan(x) for x in end)
+            cells.append("diverged" if diverged else f"{mean(end):.3f} ± {half_width(end):.3f}" if end else "")
+        lines.append(f"| {setting} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def summary(runs: Sequence[Run], rows: Sequence[Row]) -> str:
+    """Markdown: the best of the grid and the mean over the grid, and differences from the plain optimizer's."""
+    final = final_rows(rows)
+    chosen = {(run.setting, run.name): run for run in runs}
+    lines = [
+        "*best*: the training loss at the learning rate where it is least. *grid*: the mean over all rates, where a "
+        "run that\ndiverged, or is worse than guessing, counts as guessing. Differences are from SGD, AdamW or RMSprop "
+        "as they are, seed by\nseed, with Student's 95 % intervals; negative is better.\n*limited*"
+        " counts the path ratios that `max_ratio` limited."
+    ]
+    for setting in dict.fromkeys(run.setting for run in runs):
+        lines += ["", f"**{setting}**", ""]
+        lines.append("| method | best | difference | grid | difference | lr | test error | test loss | limited |")
+        lines.append("|---" * 9 + "|")
+        for name in dict.fromkeys(run.name for run in runs if run.setting == setting):
+            run, own = chosen[setting, name], final[setting, name]
+            ours = best_and_grid(own, run)
+            differences = ["", ""]
+            if name != run.method.family and (setting, run.method.family) in final:
+                plain = best_and_grid(final[setting, run.method.family], run)
+                pairs = [list(zip(*pair, strict=True)) for pair in zip(ours, plain, strict=True)]
+                differences = [interval([a - b for a, b in pair]) for pair in pairs]
+            end = own[best(own)]
+            diverged = loss_of(end) == math.inf
+            cells = ["diverged" if diverged else spread(ours[0]), differences[0], spread(ours[1]), differences[1]]
+            cells.append("" if diverged else f"{best(own):g}")
+            cells += [spread([100 * row["test_error"] for row in end], " %"), spread([r["test_loss"] for r in end])]
+            cells.append(f"{mean(row['clamped'] for row in end):g}")
+            lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def against_rate(runs: Sequence[Run], rows: Sequence[Row], path: Path) -> None:
+    """Final training loss against the learning rate: mean and range over seeds, a row of panels per family."""
+    final = final_rows(rows)
+    chosen = {(run.setting, run.name): run for run in runs}
+    settings = list(dict.fromkeys(setting for setting, _ in final))
+    families = list(dict.fromkeys(run.method.family for run in runs))
+    figure = Figure(figsize=(3.4 * len(settings) + 0.6, 2.9 * len(families) + 0.8), layout="constrained")
+    panels = figure.subplots(len(families), len(settings), sharey=True, squeeze=False)
+    for (row, family), (column, setting) in product(enumerate(families), enumerate(settings)):
+        panel = panels[row, column]
+        for name in (n for at, n in final if at == setting and chosen[at, n].method.family == family):
+            losses = over_seeds(final[setting, name], chosen[setting, name])
+            style = _role(name, chosen[setting, name])
+            rates = sorted(final[setting, name])
+            panel.plot(rates, [mean(x) for x in losses], label=name, markersize=4, **style)
+            low, high = ([of(x) for x in losses] for of in (min, max))
+            panel.fill_between(rates, low, high, color=style["color"], alpha=0.15, linewidth=0)
+        panel.set(xscale="log", yscale="log", xlabel="learning rate")
+        panel.grid(alpha=0.25, which="both")
+        panel.yaxis.set_major_formatter("{x:g}")
+        panel.yaxis.set_minor_formatter("")
+        if column == 0:
+            panel.set_ylabel("training loss (nats)")
+            panel.legend(frameon=False, fontsize="x-small")
+        if row == 0:
+            panel.set_title(setting.replace("; ", "\n"), fontsize="small")
+    save(figure, path)
+
+
+def against_start(runs: Sequence[Run], rows: Sequence[Row], path: Path) -> None:
+    """What one function is trained to from its own weights and from rescaled ones; mean and range over seeds."""
+    final = final_rows(rows)
+    chosen = {(run.setting, run.name): run for run in runs}
+    tasks = list(dict.fromkeys(run.setting.split("; ")[0] for run in runs))
+    families = list(dict.fromkeys(run.method.family for run in runs))
+    figure = Figure(figsize=(4.6 * len(families), 3.4 * len(tasks) + 0.6), layout="constrained")
+    panels = figure.subplots(len(tasks), len(families), squeeze=False, sharey="row")
+    looks = {0.0: ("-", 1.5), 1.0: ("--", 2.5), 2.0: (":", 3.5)}
+    for (setting, name), run in chosen.items():
+        if run.method.balance is not None or "rule" in run.method.options:
+            continue
+        task, start = setting.split("; ")
+        panel = panels[tasks.index(task), families.index(run.method.family)]
+        losses, rates = over_seeds(final[setting, name], run), sorted(final[setting, name])
+        style, width = looks[run.task.rescaled]
+        colour = _role(name, run)["color"]
+        panel.plot(rates, [mean(x) for x in losses], style, color=colour, linewidth=width, label=f"{name}, {start}")
+        low, high = ([of(x) for x in losses] for of in (min, max))
+        panel.fill_between(rates, low, high, color=colour, alpha=0.1, linewidth=0)
+        panel.set(xscale="log", yscale="log", xlabel="learning rate", title=task)
+        panel.yaxis.set_major_formatter("{x:g}")
+        panel.yaxis.set_minor_formatter("")
+        panel.grid(alpha=0.25)
+    for panel in panels[:, 0]:
+        panel.set_ylabel("training loss (nats)")
+    for panel in panels[-1]:
+        panel.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2, frameon=False, fontsize="small")
+    save(figure, path)
+
+
+def _role(name: str, run: Run) -> dict[str, Any]:
+    """What plain, balanced and path-space lines look like, whatever their family."""
+    if name == run.method.family:
+        return {"color": "#d62728", "marker": "o"}
+    if run.method.balance is not None:
+        return {"color": "#ff9e1b", "marker": "s"} if run.method.balance == 0 else {"color": "#8c6d31", "marker": "D"}
+    if run.method.optimizer == "Muon":
+        return {"color": "#777777", "marker": "x"}
+    rule = run.method.options.get("rule", "modulo")
+    return {"color": "#1f4e9c", "marker": "v"} if rule == "modulo" else {"color": "#3aa6a0", "marker": "^"}
+
+
 def curves(rows: Sequence[Row], title: str, path: Path) -> None:
     """Training loss and test error over epochs, at the best learning rate of every method; mean over seeds."""
     final = final_rows(rows)

@@ -34,7 +34,7 @@ def measure(width: int, batch: int, rounds: int, device: torch.device) -> list[d
         for name in COMPARED:
             torch.manual_seed(0)
             model = make().to(device)
-            steps[name] = (model, optimizer(model, METHODS[name], 1e-4))
+            steps[name] = (model, optimizer(model, METHODS[name], x[:2], 1e-4))
         seconds: dict[str, list[float]] = {name: [] for name in COMPARED}
         for number in tqdm(range(rounds + 1), desc=net, unit="round"):
             for name, (model, opt) in steps.items():

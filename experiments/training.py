@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import csv
+import gzip
+import io
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, Literal
 
 import torch
 import torch.nn.functional as F
 from data import Data
-from methods import Method, optimizer, start
+from methods import Method, balance, optimizer, start
 from torch import Tensor, nn
 from tqdm import tqdm
 
-COLUMNS = ("setting", "method", "lr", "seed", "epoch", "train_loss", "test_error", "clamped")
+import gsgd.torch
+
+COLUMNS = ("setting", "method", "lr", "seed", "epoch", "train_loss", "test_loss", "test_error", "clamped")
+Schedule = Literal["constant", "steps", "cosine"]
 Row = dict[str, Any]
 Key = tuple[str, str, float, int]  # setting, method, lr, seed
 
@@ -25,16 +30,30 @@ Key = tuple[str, str, float, int]  # setting, method, lr, seed
 class Task:
     """What a run trains on, apart from method, learning rate and seed.
 
-    `decay`: the learning rate is divided by 10 after half and after three quarters of the epochs. `augment`: random
-    crops and flips.
+    `schedule`: "steps" divides the learning rate by 10 after half and after three quarters of the epochs, "cosine"
+    takes it to zero, step by step. `augment`: random crops and flips. `rescaled`: see `start`. `measured`: the number
+    of training samples on which the loss is measured.
     """
 
     data: Data
     model: Callable[[], nn.Module]
     batch: int = 64
-    decay: bool = False
+    schedule: Schedule = "constant"
     augment: bool = False
     rescaled: float = 0.0
+    measured: int | None = None
+
+    @property
+    def example(self) -> Tensor:
+        """What the model reads, two samples."""
+        return self.data.train_x[:2]
+
+    def factor(self, done: float, epochs: int) -> float:
+        """Of the learning rate, when `done` of `epochs` have passed."""
+        if self.schedule == "cosine":
+            return (1 + math.cos(math.pi * done / epochs)) / 2
+        epoch = math.floor(done) + 1
+        return 0.1 ** ((epoch > epochs / 2) + (epoch > 3 * epochs / 4)) if self.schedule == "steps" else 1.0
 
 
 @dataclass(frozen=True)
@@ -51,11 +70,33 @@ class Run:
         return (self.setting, self.name, self.lr, self.seed)
 
 
-def read_rows(path: Path) -> list[Row]:
-    """The lines of an epochs.csv, numbers as numbers."""
+def _read(file: IO[str]) -> list[Row]:
     kinds = dict.fromkeys(COLUMNS, float) | {"setting": str, "method": str, "seed": int, "epoch": int, "clamped": int}
-    with open(path, newline="") as file:
-        return [{name: kinds[name](value) for name, value in row.items()} for row in csv.DictReader(file)]
+    return [{name: kinds[name](row.get(name) or math.nan) for name in COLUMNS} for row in csv.DictReader(file)]
+
+
+def read_rows(folder: Path) -> list[Row]:
+    """The line of every epoch, numbers as numbers: of epochs.csv.gz, and of epochs.csv while runs are under way."""
+    rows: list[Row] = []
+    if (folder / "epochs.csv.gz").exists():
+        with gzip.open(folder / "epochs.csv.gz", "rt", newline="") as file:
+            rows += _read(file)
+    if (folder / "epochs.csv").exists():
+        with open(folder / "epochs.csv", newline="") as file:
+            rows += _read(file)
+    return rows
+
+
+def write_rows(folder: Path, rows: Sequence[Row]) -> None:
+    """All lines, compressed, in place of what was there; the same rows give the same bytes."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    unfinished = folder / "epochs.part"
+    unfinished.write_bytes(gzip.compress(text.getvalue().encode(), mtime=0))
+    unfinished.replace(folder / "epochs.csv.gz")
+    (folder / "epochs.csv").unlink(missing_ok=True)
 
 
 def key_of(row: Row) -> Key:
@@ -78,6 +119,11 @@ def cropped(x: Tensor, generator: torch.Generator) -> Tensor:
     return padded[image[:, None, :, None], channel, row[:, None, :, None], column[:, None, None, :]]
 
 
+def cross_entropy(logits: Tensor, y: Tensor, reduction: str = "mean") -> Tensor:
+    """Of one answer per sample, or one per position."""
+    return F.cross_entropy(logits.flatten(0, -2), y.flatten(), reduction=reduction)
+
+
 @torch.no_grad()
 def evaluate(model: nn.Module, x: Tensor, y: Tensor) -> tuple[float, float]:
     """Mean cross-entropy and the fraction of wrong answers, in evaluation mode."""
@@ -85,60 +131,92 @@ def evaluate(model: nn.Module, x: Tensor, y: Tensor) -> tuple[float, float]:
     loss, wrong = 0.0, 0
     for xs, ys in zip(x.split(2048), y.split(2048), strict=True):
         logits = model(xs)
-        loss += F.cross_entropy(logits, ys, reduction="sum").item()
-        wrong += int((logits.argmax(1) != ys).sum())
-    return loss / len(y), wrong / len(y)
+        loss += cross_entropy(logits, ys, "sum").item()
+        wrong += int((logits.argmax(-1) != ys).sum())
+    return loss / y.numel(), wrong / y.numel()
 
 
-def one_epoch(model: nn.Module, opt: torch.optim.Optimizer, run: Run, data: Data, epoch: int) -> None:
-    """The order of the images depends on seed and epoch alone: the same for every method, and after an interruption."""
-    generator = torch.Generator().manual_seed(1000 * run.seed + epoch)
-    model.train()
-    for batch in torch.randperm(len(data.train_y), generator=generator).split(run.task.batch):
-        batch = batch.to(data.train_y.device)
-        x = data.train_x[batch]
-        loss = F.cross_entropy(model(cropped(x, generator) if run.task.augment else x), data.train_y[batch])
-        opt.zero_grad()
-        loss.backward()
-        opt.step()
+class Training:
+    """A model in the middle of a run.
+
+    The order of the samples depends on seed and epoch alone: the same for every method, and after an interruption.
+    """
+
+    def __init__(self, run: Run, epochs: int, device: torch.device) -> None:
+        self.run, self.epochs = run, epochs
+        self.data = Data(run.task.data.name, *(part.to(device) for part in run.task.data[1:]))
+        torch.manual_seed(run.seed)
+        self.model = run.task.model()
+        start(self.model, run.method, run.task.example, run.seed, run.task.rescaled)
+        self.net = gsgd.torch.trace(self.model, run.task.example) if run.method.balance else None
+        self.model.to(device)
+        self.optimizer = optimizer(self.model, run.method, self.data.train_x[:2], run.lr)
+
+    def epoch(self, epoch: int) -> None:
+        run, data = self.run, self.data
+        generator = torch.Generator().manual_seed(1000 * run.seed + epoch)
+        self.model.train()
+        batches = torch.randperm(len(data.train_y), generator=generator).split(run.task.batch)
+        for number, batch in enumerate(batches):
+            for group in self.optimizer.param_groups:
+                group["lr"] = run.lr * run.task.factor(epoch - 1 + number / len(batches), self.epochs)
+            batch = batch.to(data.train_y.device)
+            x = data.train_x[batch]
+            loss = cross_entropy(self.model(cropped(x, generator) if run.task.augment else x), data.train_y[batch])
+            self.optimizer.zero_grad()
+            loss.backward()
+            self.optimizer.step()
+            steps = (epoch - 1) * len(batches) + number + 1
+            if self.net is not None and run.method.balance and steps % run.method.balance == 0:
+                balance(self.model, self.net)
+
+    def row(self, epoch: int) -> Row:
+        """The line of an epoch that was trained; a loss of NaN says that it diverged."""
+        data = self.data
+        few = self.run.task.measured
+        loss = evaluate(self.model, data.train_x[:few], data.train_y[:few])[0]
+        test = evaluate(self.model, data.test_x, data.test_y) if math.isfinite(loss) else (math.nan, math.nan)
+        return self._line(epoch, loss if math.isfinite(loss) else math.nan, *test)
+
+    def diverged(self, epoch: int) -> Row:
+        return self._line(epoch, math.nan, math.nan, math.nan)
+
+    def _line(self, epoch: int, loss: float, test_loss: float, error: float) -> Row:
+        clamped = self.optimizer.stats.clamped if hasattr(self.optimizer, "stats") else 0
+        values = (*self.run.key, epoch, *(float(f"{v:.5g}") for v in (loss, test_loss, error)), clamped)
+        return dict(zip(COLUMNS, values, strict=True))
+
+    def save(self, epoch: int, checkpoint: Path) -> None:
+        state = {"run": self.run.key, "epoch": epoch, "model": self.model.state_dict(),
+                 "optimizer": self.optimizer.state_dict()}  # fmt: skip
+        unfinished = checkpoint.with_suffix(".part")
+        torch.save(state, unfinished)
+        unfinished.replace(checkpoint)
+
+    def load(self, checkpoint: Path) -> int:
+        """The epoch that the checkpoint was saved after, 0 if it is of another run."""
+        state = torch.load(checkpoint, weights_only=True, map_location=self.data.train_x.device)
+        if tuple(state["run"]) != self.run.key:
+            return 0
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        return int(state["epoch"])
 
 
 def train(run: Run, epochs: int, device: torch.device, checkpoint: Path) -> Iterator[Row]:
     """One row per epoch, after it; the last one has a loss of NaN if training diverged."""
-    data = Data(run.task.data.name, *(part.to(device) for part in run.task.data[1:]))
-    torch.manual_seed(run.seed)
-    model = run.task.model()
-    start(model, run.method.start, run.seed, run.task.rescaled)
-    model.to(device)
-    opt = optimizer(model, run.method, run.lr)
-    first = 1
-    if checkpoint.exists():
-        state = torch.load(checkpoint, weights_only=True, map_location=device)
-        if tuple(state["run"]) == run.key:
-            model.load_state_dict(state["model"])
-            opt.load_state_dict(state["optimizer"])
-            first = state["epoch"] + 1
+    training = Training(run, epochs, device)
+    first = training.load(checkpoint) + 1 if checkpoint.exists() else 1
     for epoch in range(first, epochs + 1):
-        if run.task.decay:
-            for group in opt.param_groups:
-                group["lr"] = run.lr * 0.1 ** ((epoch > epochs / 2) + (epoch > 3 * epochs / 4))
         try:
-            one_epoch(model, opt, run, data, epoch)
-            loss = evaluate(model, data.train_x, data.train_y)[0]
+            training.epoch(epoch)
+            row = training.row(epoch)
         except FloatingPointError:  # GSGD and PathSGD refuse what is not finite
-            loss = math.nan
-        if not math.isfinite(loss):
-            loss = math.nan
-        error = evaluate(model, data.test_x, data.test_y)[1] if math.isfinite(loss) else math.nan
-        clamped = opt.stats.clamped if hasattr(opt, "stats") else 0
-        values = (*run.key, epoch, float(f"{loss:.5g}"), float(f"{error:.5g}"), clamped)
-        yield dict(zip(COLUMNS, values, strict=True))
-        if math.isnan(loss):
+            row = training.diverged(epoch)
+        yield row
+        if math.isnan(row["train_loss"]):
             return
-        state = {"run": run.key, "epoch": epoch, "model": model.state_dict(), "optimizer": opt.state_dict()}
-        unfinished = checkpoint.with_suffix(".part")
-        torch.save(state, unfinished)
-        unfinished.replace(checkpoint)
+        training.save(epoch, checkpoint)
 
 
 def unspoilt(rows: Sequence[Row], epochs: int, checkpoint: Path) -> list[Row]:
@@ -150,18 +228,14 @@ def unspoilt(rows: Sequence[Row], epochs: int, checkpoint: Path) -> list[Row]:
 
 
 def train_all(runs: Sequence[Run], epochs: int, device: torch.device, out: Path) -> list[Row]:
-    """Train what is not yet in ``out / "epochs.csv"``; all rows of `runs`."""
-    path, checkpoint = out / "epochs.csv", out / "checkpoint.pt"
-    rows = unspoilt(read_rows(path), epochs, checkpoint) if path.exists() else []
-    kept = path.with_suffix(".part")
-    with open(kept, "w", newline="") as file:
+    """Train what is not yet in the folder `out`; all rows of `runs`."""
+    checkpoint = out / "checkpoint.pt"
+    rows = unspoilt(read_rows(out), epochs, checkpoint)
+    write_rows(out, rows)
+    done = {key_of(row) for row in rows if ended(row, epochs)}
+    with open(out / "epochs.csv", "w", newline="") as file, tqdm(total=len(runs) * epochs, unit="epoch") as progress:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()
-        writer.writerows(rows)
-    kept.replace(path)
-    with open(path, "a", newline="") as file, tqdm(total=len(runs) * epochs, unit="epoch") as progress:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        done = {key_of(row) for row in rows if ended(row, epochs)}
         for number, run in enumerate(runs, start=1):
             progress.set_description(f"{run.setting}: {run.name}, lr {run.lr:g}, seed {run.seed}")
             if run.key not in done:
@@ -171,6 +245,7 @@ def train_all(runs: Sequence[Run], epochs: int, device: torch.device, out: Path)
                     file.flush()
                     progress.update()
             progress.update(number * epochs - progress.n)  # epochs of before, and those that a diverged run left out
+    write_rows(out, rows)
     checkpoint.unlink(missing_ok=True)
     order = {run.key: number for number, run in enumerate(runs)}
     return sorted((row for row in rows if key_of(row) in order), key=lambda row: order[key_of(row)])

@@ -31,7 +31,9 @@ def largest(arrays: Sequence[Array | None], like: Sequence[Array]) -> Array:
     given = [x for x in arrays if x is not None and math.prod(x.shape)]
     real = real_type(xp, device(like[0]))
     if given and is_torch_array(like[0]):
-        found = xp._foreach_norm(given, math.inf)  # one call for all
+        import torch
+
+        found = list(torch._foreach_norm(given, math.inf))  # one call for all
     else:
         found = [xp.max(xp.abs(x)) for x in given]
     return xp.stack([xp.zeros((), dtype=real, device=device(like[0])), *(xp.astype(x, real) for x in found)])

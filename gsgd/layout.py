@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from itertools import pairwise
 from typing import Any
 
@@ -233,7 +233,6 @@ def layout(
             )
         )
     all_rows, all_cols = (np.concatenate([np.zeros(0, np.int64), *found]) for found in (rows, cols))
-    of_parts = np.append(root[all_cols], np.where(owner > units, root[owner - units - 1], units))
     return Layout(
         arrays=tuple(arrays),
         rows=all_rows.astype(np.int32),
@@ -245,7 +244,76 @@ def layout(
         chain=chain,
         array=array.astype(np.int32),
         jumps=jumps,
-        sums=_sums(of_parts, units),
+        sums=_sums(_owners(root, all_cols, owner), units),
+    )
+
+
+def part(t: Layout, held: Sequence[Sequence[NDArray[np.int64]] | None]) -> Layout:
+    """The layout of parts of the arrays, which are products of indices: what `gather` finds in parts adds up.
+
+    Parameters
+    ----------
+    held : sequence of sequences of int64 arrays, or None
+        Of every array the indices on each axis that are here, ascending. None: nothing is, as if all of the array lay
+        between pinned ends, and without tree edges.
+    """
+    units = len(t.root) - 1
+    arrays: list[ArrayLayout] = []
+    rows: list[NDArray[np.int32]] = []
+    cols: list[NDArray[np.int32]] = []
+    kept: list[NDArray[np.int64]] = []  # tree edges that are here
+    for a, own in zip(t.arrays, held, strict=True):
+        if own is None:
+            none = Span(sum(map(len, kept)), (0,))
+            index = tuple(x[:0] for x in a.index)
+            arrays.append(replace(a, rows=None, cols=None, edges=none, index=index, chain=None, free=None))
+            continue
+        spans: list[Span | None] = []
+        for found, span, table in ((rows, a.rows, t.rows), (cols, a.cols, t.cols)):
+            if span is None:
+                spans.append(None)
+                continue
+            ids = _merged(span.of(np, table), a)
+            for axis, here in enumerate(own):
+                ids = ids if ids.shape[axis] == 1 else ids.take(here, axis=axis)
+            spans.append(Span(sum(map(len, found)), ids.shape))
+            found.append(ids.reshape(-1))
+        at = []
+        for n, here, index in zip(a.whole, own, a.index, strict=True):
+            place = np.full(n, -1, dtype=np.int32)
+            place[here] = np.arange(len(here))
+            at.append(place[index])
+        inside = np.all([x >= 0 for x in at], axis=0) if at else np.ones(a.edges.shape, dtype=bool)
+        edges = Span(sum(map(len, kept)), (int(np.count_nonzero(inside)),))
+        kept.append(a.edges.start + np.flatnonzero(inside))
+        shape, index = tuple(map(len, own)), tuple(x[inside] for x in at)
+        in_chain = t.owner[kept[-1]] < units + 1
+        chain, free = _places(shape, spans[0], -1, index, in_chain), _places(shape, spans[1], -1, index, ~in_chain)
+        arrays.append(
+            ArrayLayout(
+                shape=shape,
+                rows=spans[0],
+                cols=spans[1],
+                edges=edges,
+                index=index,
+                groups=-1,
+                chain=chain,
+                free=free,
+            )
+        )
+    numbers = np.concatenate([np.zeros(0, np.int64), *kept])
+    of_edge = np.full(len(t.owner) + 1, len(numbers), dtype=np.int32)
+    of_edge[numbers] = np.arange(len(numbers))
+    owner = t.owner[numbers]
+    all_rows, all_cols = (np.concatenate([np.zeros(0, np.int32), *found]) for found in (rows, cols))
+    return replace(
+        t,
+        arrays=tuple(arrays),
+        rows=all_rows,
+        cols=all_cols,
+        owner=owner,
+        edge=of_edge[t.edge],
+        sums=_sums(_owners(t.root, all_cols, owner), units),
     )
 
 
@@ -441,6 +509,22 @@ def _places(
     number = np.full(lines.shape, -1)
     number[here] = np.arange(np.count_nonzero(which))
     return Places(edge, tuple(None if n > 1 else x[number] for x, n in zip(on_axis, lines.shape, strict=True)))
+
+
+def _merged(ids: Ids, a: ArrayLayout) -> Ids:
+    """Ids on the array's own axes: those of groups, where they are split in two, are one again."""
+    g = a.groups
+    if g < 0:
+        return ids
+    if ids.shape[g] > 1 or ids.shape[g + 1] > 1:
+        ids = np.broadcast_to(ids, (*ids.shape[:g], *a.shape[g : g + 2], *ids.shape[g + 2 :]))
+    return ids.reshape(*ids.shape[:g], -1, *ids.shape[g + 2 :])
+
+
+def _owners(root: NDArray[Any], cols: NDArray[Any], owner: NDArray[Any]) -> NDArray[np.int64]:
+    """Whose sum S each position and each tree edge enters, H for none: what free edges add is taken back."""
+    units = len(root) - 1
+    return np.append(root[cols], np.where(owner > units, root[owner - units - 1], units)).astype(np.int64)
 
 
 def _sums(owner: NDArray[np.int64], units: int, width: int = 16) -> tuple[Ids, ...]:

@@ -37,8 +37,8 @@ An update is the difference of new and old weights, so these transformations bel
 itself. Per-unit numbers are computed in float64 in JAX's x64 mode and in float32 without it, all else in the types of
 the parameters, bfloat16 included.
 
-Where a gradient or a path ratio is not finite, updates are 0 and the state stays as it is, its `count` included:
-raising an error would mean waiting for the device.
+Where a gradient or a path ratio is not finite, updates are 0 and the state stays as it is, its `count` included, and
+`skipped` counts one more: raising an error would mean waiting for the device.
 
 `init` chooses the skeleton by the weights' values, passing over exact zeros. Inside ``jax.jit`` and ``jax.vmap``
 (over seeds, say) it has no values: there the skeleton is the one of non-zero weights, the same for every seed, and the
@@ -85,14 +85,15 @@ ScaleName = Literal["balanced", "initial"]
 
 @dataclass(frozen=True)
 class Trees:
-    """The skeleton of a network, equal to others of the same digest: a part of the state that has no values."""
+    """The skeleton of a network, equal to others of the same method and digest: what of a state has no values."""
 
+    method: str
     digest: str
     shapes: dict[str, tuple[int, ...]] = field(compare=False, repr=False)
     layout: Layout = field(compare=False, repr=False)
 
     def __str__(self) -> str:
-        return f"skeleton {self.digest}"
+        return f"{self.method} on skeleton {self.digest}"
 
 
 class Reference(NamedTuple):
@@ -109,7 +110,7 @@ class State(NamedTuple):
     Attributes
     ----------
     count, clamped, skipped : int arrays
-        Counts of steps taken, of path ratios that were limited, and of steps left out because something was not finite.
+        Counts of steps taken, of path ratios that were clamped, and of steps left out as not finite.
     reference : dict of one Trees to its Reference
         As a key the skeleton is no leaf, but has a name: what restores arrays by their names into a state of another
         skeleton (Orbax, Flax's serialization) finds none.
@@ -253,7 +254,7 @@ def _transformation(
         if any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(params)):
             state: State = jax.eval_shape(init, params)
             return state._replace(m=params if method.has_m else None, v=params if method.has_v else None)
-        anchor: Any = 0 if _is_placeholder(params) else _anchor(params, network, scale, rule)
+        anchor: Any = 0 if _is_placeholder(params) else _anchor(params, network, type(method).__name__, scale, rule)
         # no array twice: a loop may donate the state's buffers
         count, clamped, skipped = (jnp.zeros([], jnp.int32) for _ in range(3))
         m, v = (jax.tree.map(jnp.zeros_like, params) if has else None for has in (method.has_m, method.has_v))
@@ -304,20 +305,22 @@ def _transformation(
 
     compiled = jax.jit(step, static_argnums=0)
 
-    def update(updates: Tree, state: State, params: Tree = None, **extra_args: Any) -> tuple[Tree, State]:
+    def update(updates: Tree, state: State, params: Tree = None, **extra: Any) -> tuple[Tree, State]:
         if params is None:
             raise ValueError("expected params: tx.update(grads, state, params)")
         wanted = "state: expected what this transformation's init returns"
         if not isinstance(state, State):
             raise TypeError(f"{wanted}, got {type(state).__name__}")
+        ((trees, reference),) = state.reference.items()
+        if trees.method != type(method).__name__:
+            raise TypeError(f"{wanted}, got one of {trees.method}")
         for name, has, moment in (("m", method.has_m, state.m), ("v", method.has_v, state.v)):
-            if has and moment is None:
-                raise TypeError(f"{wanted}, got one without moments {name}")
+            if has != (moment is not None):
+                raise TypeError(f"{wanted}, got one {'without' if has else 'with'} moments {name}")
         weights = [jnp.asarray(w) for w in jax.tree.leaves(params)]
         structure: Any = jax.tree.structure(params)
         # None where the parameter takes no step of its own: its paths keep their values
         gradients = [None if g is None else jnp.asarray(g) for g in structure.flatten_up_to(updates)]
-        ((trees, reference),) = state.reference.items()
         _check_shapes(trees, weights, gradients)
         m, v = ([None] * len(weights) if x is None else structure.flatten_up_to(x) for x in (state.m, state.v))
         # on one device operation by operation, as usual; on several, not every operation takes sharded arrays
@@ -392,7 +395,7 @@ def _skeleton(params: Tree, network: Network, rule: Rule, balanced: bool) -> tup
     return leaves, traced, Skeleton(network, host, rule, balanced=balanced and not traced)
 
 
-def _anchor(params: Tree, network: Network, scale: ScaleName, rule: Rule) -> dict[Trees, Reference]:
+def _anchor(params: Tree, network: Network, method: str, scale: ScaleName, rule: Rule) -> dict[Trees, Reference]:
     """The trees and the reference scale of `params`."""
     leaves, traced, skeleton = _skeleton(params, network, rule, scale == "balanced")
     skeleton.warn_of_pinned()
@@ -407,7 +410,7 @@ def _anchor(params: Tree, network: Network, scale: ScaleName, rule: Rule) -> dic
         digest.update(repr((b.name, b.dims, b.start)).encode() + b.rows.tobytes() + b.cols.tobytes())
     for edges in skeleton.edge_arrays:
         digest.update(edges.tobytes())
-    trees = Trees(digest.hexdigest()[:32], shapes, found_layout)
+    trees = Trees(method, digest.hexdigest()[:32], shapes, found_layout)
     real = jnp.result_type(float)
 
     def reference_scale(*arrays: Any) -> list[NDArray[Any]]:

@@ -20,10 +20,14 @@ from gsgd.threads import default_threads, usable_threads
 
 @dataclass
 class Stats:
-    """Counts since construction: steps, and path ratios that `max_ratio` limited."""
+    """Counts since construction: steps; path ratios that `max_ratio` limited; and steps that were left out.
+
+    Where no error is raised, a step that is not finite is left out.
+    """
 
     steps: int = 0
     clamped: int = 0
+    skipped: int = 0
 
 
 class _PathOptimizer:

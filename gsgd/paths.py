@@ -86,7 +86,7 @@ def balance(params: Mapping[str, Any], net: Network, norm: Literal[2, "max"] = 2
     if norm not in (2, "max"):
         raise ValueError(f"norm: expected 2 or 'max', got {norm!r}")
     require_symmetry(net)
-    scale = Skeleton(net, params).balanced_scale(params)
+    scale = Skeleton(net, params, balanced=True).c
     if norm == "max":
         scale = equalized_scale(net, check_parameters(params, net), scale)
     rescale(params, net, scale)

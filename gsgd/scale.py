@@ -40,13 +40,12 @@ def core_plan(blocks: Sequence[Block], arrays: Mapping[str, NDArray[Any]], units
     return _core.Plan(units, specs, described)
 
 
-def balanced_scale(blocks: Sequence[Block], arrays: Mapping[str, NDArray[Any]], units: int) -> Floats:
-    """The c per unit, (units,), that carries weights to their rescaling of least sum of squares.
+def balanced_scale(plan: _core.Plan, arrays: Mapping[str, NDArray[Any]]) -> Floats:
+    """The c per unit, (units,), that carries weights to their rescaling of least sum of squares (csrc/balance.c).
 
-    See csrc/balance.c. Units that some path of non-zero weights passes have a unique solution; all others must be
-    pinned.
+    `plan` is one of `arrays`, with its trees: units without edges are pinned. All others have a unique solution.
     """
-    c, left = core_plan(blocks, arrays, units).balance(list(arrays.values()))
+    c, left = plan.balance(list(arrays.values()))
     if left != 0:
         warnings.warn(f"the balanced scale did not converge: {left:.1e} is left", RuntimeWarning, stacklevel=2)
     return c

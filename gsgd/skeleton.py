@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import warnings
 from collections.abc import Mapping, Sequence
@@ -16,7 +15,7 @@ from numpy.typing import NDArray
 
 from gsgd import entries, reference
 from gsgd.arrays import Arrays, as_array, check_gradients, check_parameters
-from gsgd.network import PINNED, Block, Network, Sum, plain_block
+from gsgd.network import Block, Network, Sum, plain_block
 from gsgd.scale import balanced_scale, core_plan
 
 Rule = Literal["modulo", "largest"]
@@ -174,7 +173,7 @@ class Skeleton:
         if rule == "modulo" or balanced:
             self._take(self.plan.choose_trees(list(arrays.values()), False, None))
         if balanced:
-            self.c = self.balanced_scale(arrays)
+            self.c = balanced_scale(self.plan, arrays) if backend == "c" else self.balanced_scale(arrays)
         if rule == "largest":
             self._take(self.plan.choose_trees(list(arrays.values()), True, self.c if balanced else None))
 
@@ -250,14 +249,9 @@ class Skeleton:
     def balanced_scale(self, params: Mapping[str, Any]) -> NDArray[np.float64]:
         """c per unit, (H,): to the representative of least sum of squares; 1 for units that are pinned."""
         arrays = check_parameters(params, self.net, writable=False)
-        active = np.append(self.edge_arrays[0][:, 0] >= 0, False)
-        blocks = [
-            dataclasses.replace(
-                b, rows=np.where(active[b.rows], b.rows, PINNED), cols=np.where(active[b.cols], b.cols, PINNED)
-            )
-            for b in self.net.blocks
-        ]
-        return balanced_scale(blocks, arrays, self.net.num_units)
+        plan = core_plan(self.net.blocks, arrays, self.net.num_units)
+        plan.set_trees(*self.edge_arrays)
+        return balanced_scale(plan, arrays)
 
     # the methods
 

@@ -74,6 +74,11 @@ class Units:
         """Which of the nodes are pinned; an array of the same shape."""
         return np.isin(nodes, [n for n in np.unique(nodes).tolist() if self._root(n) in self._reasons])
 
+    def are_tied(self, a: Ids, b: Ids) -> NDArray[np.bool_]:
+        """Which pairs of nodes are one unit; the arrays have one shape."""
+        pairs = zip(a.ravel().tolist(), b.ravel().tolist(), strict=True)
+        return np.array([self._root(i) == self._root(j) for i, j in pairs], dtype=np.bool_)
+
     def why(self, node: int) -> str | None:
         """The reason for which a node is pinned; None if it is not."""
         return self._reasons.get(self._root(node))

@@ -233,20 +233,40 @@ static double expected(const oracle *o, int i, ptrdiff_t r, ptrdiff_t k) {
 
 static const gsgd_rates plain = {.lr = 0.01};
 
-static gsgd_status try_step(chain *c, buffers *w, buffers *g, buffers *m, buffers *v, gsgd_rates rates,
-                            int threads, int64_t *unit) {
+/* How a step is to be taken. */
+typedef struct {
+    gsgd_rates rates; /* of all arrays */
+    double clip_norm;
+    int threads, stages; /* stages: by three calls instead of one */
+} manner;
+
+static manner simply(gsgd_rates rates) { return (manner){rates, INFINITY, 1, 0}; }
+
+static gsgd_status try_step(chain *c, buffers *w, buffers *g, buffers *m, buffers *v, manner how,
+                            int64_t *unit) {
     gsgd_rates all[2 * MAX_LAYERS];
     for (int i = 0; i < 2 * c->layers; ++i)
-        all[i] = rates;
-    gsgd_options options = {.rates = all, .max_ratio = INFINITY, .clip_norm = INFINITY, .threads = threads};
-    ptrdiff_t clamped;
-    return gsgd_step(c->plan, w->array, g->array, g->array, m ? m->array : NULL, v ? v->array : NULL,
-                     &options, &clamped, unit);
+        all[i] = how.rates;
+    gsgd_options options = {
+        .rates = all, .max_ratio = INFINITY, .clip_norm = how.clip_norm, .threads = how.threads};
+    const gsgd_array *first = m ? m->array : NULL, *second = v ? v->array : NULL;
+    ptrdiff_t limited;
+    if (!how.stages)
+        return gsgd_step(c->plan, w->array, g->array, g->array, first, second, &options, &limited, unit);
+    size_t row = (size_t)c->units + 1;
+    double *gathered = malloc((GSGD_GATHERED + GSGD_SOLVED) * row * sizeof *gathered);
+    double *solved = gathered + GSGD_GATHERED * row;
+    gsgd_gather(c->plan, w->array, g->array, g->array, first, second, &options, NULL, gathered);
+    gsgd_status status = gsgd_solve(c->plan, gathered, &options, solved, &limited, unit);
+    if (status == GSGD_OK)
+        gsgd_apply(c->plan, w->array, g->array, first, second, &options, solved);
+    free(gathered);
+    return status;
 }
 
-static void step(chain *c, buffers *w, buffers *g, buffers *m, buffers *v, gsgd_rates rates, int threads) {
+static void step(chain *c, buffers *w, buffers *g, buffers *m, buffers *v, manner how) {
     int64_t unit;
-    CHECK(try_step(c, w, g, m, v, rates, threads, &unit) == GSGD_OK);
+    CHECK(try_step(c, w, g, m, v, how, &unit) == GSGD_OK);
 }
 
 static void test_definitions(gsgd_rule rule) {
@@ -259,7 +279,7 @@ static void test_definitions(gsgd_rule rule) {
         fill(&c, g, 0.1);
         skeleton(&c, w, rule);
         copy(&c, old, w);
-        step(&c, w, g, NULL, NULL, plain, 1);
+        step(&c, w, g, NULL, NULL, simply(plain));
         oracle o = {&c, old, g, plain.lr};
         for (int i = 0; i < 8; ++i)
             for (ptrdiff_t r = 0; r < c.width[i / 2 + 1]; ++r)
@@ -283,8 +303,8 @@ static void add_to_checksum(const chain *c, const buffers *w) {
             checksum = (checksum ^ ((const unsigned char *)w->array[i].data)[k]) * 1099511628211u;
 }
 
-/* The same bits for any number of threads and any strides. */
-static void test_bits(gsgd_type type, gsgd_rates rates) {
+/* The same bits for any number of threads and any strides, in one call and in three. */
+static void test_bits(gsgd_type type, gsgd_rates rates, double clip_norm) {
     static const ptrdiff_t widths[] = {70, 700, 333, 300, 3};
     chain c;
     build(&c, 4, widths, type);
@@ -305,7 +325,7 @@ static void test_bits(gsgd_type type, gsgd_rates rates) {
                 v = allocate(&c, layout == 1 ? 2 : 0, layout >= 2);
             for (int n = 0; n < 3; ++n) {
                 skeleton(&c, start, GSGD_MODULO); /* a plan forgets how many threads have paid */
-                step(&c, w, g, m, v, rates, threads[t]);
+                step(&c, w, g, m, v, (manner){rates, clip_norm, threads[t], t == n});
             }
             CHECK(first == NULL || equal(&c, first, w));
             drop(&c, g);
@@ -326,6 +346,50 @@ static void test_bits(gsgd_type type, gsgd_rates rates) {
     release(&c);
 }
 
+/* One shard that holds everything takes the same step; what fits no network is refused. */
+static void test_shard(void) {
+    static const ptrdiff_t widths[] = {3, 5, 2, 3};
+    chain c;
+    build(&c, 3, widths, GSGD_FLOAT32);
+    buffers *w = allocate(&c, 0, 0), *g = allocate(&c, 0, 0), *right = allocate(&c, 0, 0);
+    fill(&c, w, 1);
+    fill(&c, g, 0.1);
+    copy(&c, right, w);
+    skeleton(&c, w, GSGD_MODULO);
+    manner clipping = {plain, 0.01, 1, 0};
+    step(&c, right, g, NULL, NULL, clipping);
+
+    int64_t from[7], to[7], array[7], unit;
+    uint8_t counts[6] = {1, 1, 1, 1, 1, 1};
+    for (ptrdiff_t u = 0; u < c.units; ++u) {
+        ptrdiff_t r, k;
+        at_edge(&c, w, c.in[u], &r, &k);
+        from[u] = source(&c, c.in[u], k);
+        array[u] = c.in[u].block;
+        at_edge(&c, w, c.out[u], &r, &k);
+        to[u] = c.ids[c.out[u].block / 2 + 1][r];
+    }
+    int64_t from3 = from[3];
+    from[3] = 5;
+    CHECK(gsgd_set_shard(c.plan, c.in, c.out, from, to, array, c.free_in, counts, &unit) == GSGD_BAD_TREE);
+    CHECK(unit == 3);
+    from[3] = 7;
+    CHECK(gsgd_set_shard(c.plan, c.in, c.out, from, to, array, c.free_in, counts, &unit) == GSGD_BAD_TREE);
+    from[3] = from3;
+    array[2] = 6;
+    CHECK(gsgd_set_shard(c.plan, c.in, c.out, from, to, array, c.free_in, counts, &unit) == GSGD_BAD_TREE);
+    CHECK(unit == 2);
+    array[2] = c.in[2].block;
+    CHECK(gsgd_set_shard(c.plan, c.in, c.out, from, to, array, c.free_in, counts, &unit) == GSGD_OK);
+    clipping.stages = 1;
+    step(&c, w, g, NULL, NULL, clipping);
+    CHECK(equal(&c, w, right));
+    drop(&c, w);
+    drop(&c, g);
+    drop(&c, right);
+    release(&c);
+}
+
 static void test_errors(void) {
     static const ptrdiff_t widths[] = {2, 3, 3, 2};
     chain c;
@@ -339,14 +403,14 @@ static void test_errors(void) {
     for (int i = 0; i < 6; ++i) { /* a gradient that is not finite, wherever it is */
         double before = get(&c, g, i, 1, 0);
         set(&c, g, i, 1, 0, i % 2 ? NAN : INFINITY);
-        CHECK(try_step(&c, w, g, NULL, NULL, plain, 1, &unit) == GSGD_NOT_FINITE);
+        CHECK(try_step(&c, w, g, NULL, NULL, simply(plain), &unit) == GSGD_NOT_FINITE);
         CHECK(unit == -1 && equal(&c, w, old));
         set(&c, g, i, 1, 0, before);
     }
     ptrdiff_t r, k;
     at_edge(&c, w, c.in[0], &r, &k);
     set(&c, w, (int)c.in[0].block, r, k, 0); /* a skeleton weight that has become zero */
-    CHECK(try_step(&c, w, g, NULL, NULL, plain, 1, &unit) == GSGD_NOT_FINITE);
+    CHECK(try_step(&c, w, g, NULL, NULL, simply(plain), &unit) == GSGD_NOT_FINITE);
     CHECK(unit >= 0);
     copy(&c, w, old);
 
@@ -357,7 +421,7 @@ static void test_errors(void) {
     CHECK(gsgd_set_trees(c.plan, c.in, c.out, c.free_in, &unit) == GSGD_BAD_TREE && unit == 4);
     c.in[4] = good;
     CHECK(gsgd_set_trees(c.plan, c.in, c.out, c.free_in, &unit) == GSGD_OK);
-    step(&c, w, g, NULL, NULL, plain, 1);
+    step(&c, w, g, NULL, NULL, simply(plain));
     CHECK(!equal(&c, w, old));
 
     c.block[2].array = 17;
@@ -477,27 +541,26 @@ int main(void) {
                        .lr = 1e-5,
                        .momentum = 0.9,
                        .weight_decay = 1e-3,
-                       .second = 0.99,
+                       .beta2 = 0.99,
                        .eps = 1e-8,
                        .correct_m = 1,
                        .correct_v = 1,
                        .decoupled = 1};
     rmsprop.method = GSGD_RMSPROP;
     rmsprop.lr = rmsprop.eps = 1e-5;
-    rmsprop.second = 0.9;
+    rmsprop.beta2 = 0.9;
     momentum.momentum = nesterov.momentum = 0.9;
     nesterov.nesterov = 1;
     nesterov.weight_decay = decay.weight_decay = 1e-3;
     test_definitions(GSGD_MODULO);
     test_definitions(GSGD_LARGEST);
+    const gsgd_rates all[] = {plain, momentum, nesterov, decay, adam, rmsprop};
     for (int type = 0; type < 2; ++type) {
-        test_bits((gsgd_type)type, plain);
-        test_bits((gsgd_type)type, momentum);
-        test_bits((gsgd_type)type, nesterov);
-        test_bits((gsgd_type)type, decay);
-        test_bits((gsgd_type)type, adam);
-        test_bits((gsgd_type)type, rmsprop);
+        for (int i = 0; i < 6; ++i)
+            test_bits((gsgd_type)type, all[i], INFINITY);
+        test_bits((gsgd_type)type, nesterov, 1e-4);
     }
+    test_shard();
     test_balance(GSGD_FLOAT32);
     test_balance(GSGD_FLOAT64);
     test_errors();

@@ -182,6 +182,15 @@ def mlp(*widths: int, seed: int = 0, bias: bool = True, activation: str = "relu"
     return model.output(x)
 
 
+def everything() -> Model:
+    """hwio and grouped kernels, a tied residual, batch normalization, flattened maps channels last, an io layer."""
+    model = Model(3, 2, (4, 3))
+    h = model.activation(model.conv(model.x, 4, (3, 3), layout="hwio"), "relu")
+    r = model.activation(model.batch_norm(model.conv(h, 4, (3, 1), groups=2, bias=False, layout="hwio")), "relu")
+    x = model.flatten(model.add(h, r, "tie"), "channels_last")
+    return model.output(model.dense(model.activation(model.dense(x, 6, layout="io"), "abs"), 3, layout="io"))
+
+
 SPATIAL = {
     0: [()],
     1: [(4,), (3,)],

@@ -329,3 +329,25 @@ def test_units_that_are_pinned_for_good_are_told_of() -> None:
 def test_what_is_no_mapping_and_no_network(call: Callable[[Any], Any]) -> None:
     with pytest.raises(TypeError, match="expected a"):
         call(MODEL.copy())
+
+
+@pytest.mark.parametrize(
+    ("make", "options", "named"),
+    [
+        (gsgd.GAdam, {"betas": (1.0, 0.9)}, "betas"),
+        (gsgd.GAdam, {"eps": -1.0}, "eps"),
+        (gsgd.GRMSprop, {"alpha": 1.5}, "alpha"),
+        (gsgd.GRMSprop, {"momentum": float("nan")}, "momentum"),
+    ],
+)
+def test_hyperparameters_are_checked(make: Any, options: dict[str, Any], named: str) -> None:
+    model = mlp(3, 4, 2)
+    with pytest.raises(ValueError, match=named):
+        make(model.copy(), model.net, **options)
+
+
+def test_a_state_of_another_method_is_refused() -> None:
+    model = mlp(3, 4, 2)
+    state = gsgd.GSGD(model.copy(), model.net).state_dict()
+    with pytest.raises(ValueError, match="another method"):
+        gsgd.GAdam(model.copy(), model.net).load_state_dict(state)

@@ -8,7 +8,7 @@ import sys
 import tarfile
 from collections.abc import Callable
 from dataclasses import replace
-from itertools import product
+from itertools import pairwise, product
 from pathlib import Path
 
 import numpy as np
@@ -68,6 +68,8 @@ def command(monkeypatch: pytest.MonkeyPatch, folder: Path, tmp_path: Path) -> Co
     torch.set_num_threads(threads)
 
 
+# the texts are always at hand and whole
+TEXTS = ("--epochs", "1", "--seeds", "1", "--rates", "0.1", "--width", "16", "--only", "AdamW", "GAdam", "Muon")
 TINY = ("--epochs", "1", "--seeds", "1", "--rates", "0.1", "--images", "32", "--width", "4")
 
 
@@ -83,25 +85,109 @@ TINY = ("--epochs", "1", "--seeds", "1", "--rates", "0.1", "--images", "32", "--
         ("robust_cnn", ["CIFAR-10, Plain-10, 4 maps", "CIFAR-10, CNN without BN, 4 maps"]),
         ("regularization", ["CIFAR-10, ResNet-10, 4 maps, lambda = 0", "CIFAR-10, ResNet-10, 4 maps, lambda = 5e-05"]),
         ("cifar", ["CIFAR-10, Plain-34, 4 maps", "CIFAR-10, ResNet-34, 4 maps", "CIFAR-10, ResNet-110, 1 maps"]),
+        ("paper_5_1", ["CIFAR-10, Plain-34, 4 maps"]),
+        ("modern", ["MNIST, 784-4x5-10; own start", "Fashion-MNIST, 784-4x5-10; rescaled by up to 100"]),
+        ("transformer", ["Python's help, 2 layers of 16, ReLU; own start"]),
+        ("modern_cnn", ["CIFAR-10, CNN without BN, 4 maps; own start", "CIFAR-10, CNN with BN, 4 maps; own start"]),
     ],
 )
 def test_every_command_trains_every_method(command: Command, tmp_path: Path, name: str, settings: list[str]) -> None:
     from training import COLUMNS, read_rows
 
-    text = command(name, *TINY)
-    rows = read_rows(tmp_path / "out" / "epochs.csv")
+    text = command(name, *(TEXTS if name == "transformer" else TINY))
+    rows = read_rows(tmp_path / "out")
     assert tuple(rows[0]) == COLUMNS
     assert {row["setting"] for row in rows} >= set(settings)
     for row in rows:
         assert f"**{row['setting']}**" in text
         assert f"| {row['method']} |" in text
         assert row["train_loss"] > 0
+        assert row["test_loss"] > 0
         assert 0 <= row["test_error"] <= 1
     compared = {row["method"] for row in rows}
-    if name not in ("basis", "signs", "regularization", "robust", "robust_cnn"):
+    if name in ("invariance", "rescaled", "path_sgd", "cifar"):
         assert compared >= {"SGD, default start", "SGD, He start", "SGD, ones start", "G-SGD ones (paper)", "AdamW"}
     assert ("Path-SGD" in compared) == (name in ("rescaled", "path_sgd"))
     assert (tmp_path / "out" / "figure.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_released_lines_describe_the_network_stage_by_stage(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(EXPERIMENTS))
+    from architectures import CONV_NETS, ConvNet
+    from methods import paper_lines
+
+    import gsgd.torch
+
+    maps = [2] * 6 + [4] * 8 + [8] * 12 + [16] * 6  # of 32 convolutions
+    ends = (5, 13, 25, 31)  # the last ones of each stage
+    expected = {
+        "Plain-34": [2 + sum(maps), sum(maps[:-1]), sum(maps) - sum(maps[i] for i in ends)],
+        "ResNet-34": [sum(maps[::2])] * 3,  # within blocks alone
+    }
+    for name, units in expected.items():
+        blocks, shortcut = CONV_NETS[name]
+        traced = {n: m.trace for n, m in paper_lines(blocks, shortcut).items() if n.startswith("G-SGD ones")}
+        nets = [gsgd.torch.trace(ConvNet(blocks, 2, shortcut, 10), **trace) for trace in traced.values()]
+        assert [net.num_units for net in nets] == units
+        for net in nets[1:]:
+            assert not {"conv1.weight", "fc.weight"} & set(net.shapes)
+        assert not any("downsample" in parameter for parameter in nets[2].shapes)
+
+
+@pytest.mark.parametrize("every", [0, 2])
+def test_balanced_lines_are_balanced(every: int, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Norms in and out of every unit are equal at the start, and after the steps at which it is balanced again."""
+    monkeypatch.syspath_prepend(str(EXPERIMENTS))
+    from plans import PLANS
+    from training import Training
+
+    plan = PLANS["modern"]
+    scale = replace(plan.laptop, images=64, widths=(4,))
+    name = "AdamW, balanced every 100" if every else "AdamW, balanced once"
+    run = next(run for run in plan.runs(scale, folder) if run.name == name)
+    run = replace(run, method=replace(run.method, balance=every), task=replace(run.task, batch=16, rescaled=1))
+
+    def unbalanced(model: torch.nn.Module) -> float:
+        layers = [m for m in model if isinstance(m, torch.nn.Linear)]
+        pairs = pairwise(layers)
+        norms = [(a.weight.square().sum(1) + a.bias.square(), b.weight.square().sum(0)) for a, b in pairs]
+        return max((i / o).log().abs().nan_to_num(0, 0, 0).max().item() for i, o in norms)
+
+    training = Training(run, 1, torch.device("cpu"))
+    assert unbalanced(training.model) < 1e-4
+    training.epoch(1)  # four steps
+    assert (unbalanced(training.model) < 1e-4) == bool(every)
+
+
+def test_the_cosine_schedule_ends_at_zero(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(EXPERIMENTS))
+    from training import Task
+
+    cosine, steps = (Task(None, None, schedule=kind) for kind in ("cosine", "steps"))
+    assert [round(cosine.factor(t, 4), 3) for t in (0, 1, 2, 3, 4)] == [1, 0.854, 0.5, 0.146, 0]
+    assert [steps.factor(t, 4) for t in (0, 1.9, 2, 2.9, 3)] == pytest.approx([1, 1, 0.1, 0.1, 0.01])
+
+
+def test_the_character_model_sees_no_later_characters(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(EXPERIMENTS))
+    from architectures import CharacterModel
+    from data import python_topics
+
+    import gsgd.torch
+
+    data = python_topics(16)
+    assert torch.equal(data.train_x[0, 1:], data.train_y[0, :-1])
+    for gated, units in ((False, 5 * 32 + 2 * 32 + 2 * 128), (True, 5 * 32 + 2 * 32 + 2 * 85)):
+        model = CharacterModel(data.classes, 16, 32, 2, gated)
+        x = data.train_x[:3]
+        before = model(x)
+        later = x.clone()
+        later[:, 9:] = (later[:, 9:] + 1) % data.classes
+        torch.testing.assert_close(model(later)[:, :9], before[:, :9])
+        assert (model(later)[:, 9:] - before[:, 9:]).abs().max() > 1e-3
+        net = gsgd.torch.trace(model, x)
+        assert net.num_units == units
+        gsgd.torch.verify(model, net, x)
 
 
 def test_throughput_is_relative_to_sgd(command: Command) -> None:
@@ -122,7 +208,7 @@ def test_the_paper_protocol_has_the_paper_s_scale(folder: Path, monkeypatch: pyt
     for setting, task in settings.items():
         kernels = [m for m in task.model().modules() if isinstance(m, torch.nn.Conv2d) and m.kernel_size == (3, 3)]
         depths[setting] = len(kernels) + 1
-        assert task.decay
+        assert task.schedule == "steps"
         assert task.augment
         assert task.batch == 128
     assert list(depths.values()) == [34, 34, 110] * 2
@@ -140,7 +226,7 @@ def test_an_interrupted_command_continues_to_the_same_lines(
 
     arguments = ("basis", "--epochs", "3", "--seeds", "1", "--rates", "0.1", "--images", "48", "--width", "8")
     whole = command(*arguments, out=tmp_path / "whole")
-    own, calls = training.one_epoch, 0
+    own, calls = training.Training.epoch, 0
 
     def interrupting(*given: object) -> None:
         nonlocal calls
@@ -149,7 +235,7 @@ def test_an_interrupted_command_continues_to_the_same_lines(
             raise KeyboardInterrupt
         own(*given)
 
-    monkeypatch.setattr(training, "one_epoch", interrupting)
+    monkeypatch.setattr(training.Training, "epoch", interrupting)
     for _ in range(100):
         try:
             assert command(*arguments, out=tmp_path / "parts") == whole
@@ -157,7 +243,7 @@ def test_an_interrupted_command_continues_to_the_same_lines(
         except KeyboardInterrupt:
             pass
     assert calls > 50
-    lines = [(tmp_path / out / "epochs.csv").read_text() for out in ("whole", "parts")]
+    lines = [(tmp_path / out / "epochs.csv.gz").read_bytes() for out in ("whole", "parts")]
     assert lines[0] == lines[1]
     assert not list(tmp_path.glob("*/checkpoint*"))
 
@@ -251,8 +337,9 @@ def test_sgd_starts_where_g_sgd_ones_starts(net: str, monkeypatch: pytest.Monkey
     for name in ("SGD, He start", "SGD, ones start", "G-SGD ones (paper)"):
         torch.manual_seed(3)
         model = mlp((6, 4, 5, 3)) if net == "mlp" else ConvNet((1, 1), 2, CONV_NETS[net][1], 10)
-        start(model, METHODS[name].start, 3)
-        optimizer(model, METHODS[name], 0.1)
+        example = torch.zeros(2, 6) if net == "mlp" else torch.zeros(2, 3, 8, 8)
+        start(model, METHODS[name], example, 3)
+        optimizer(model, METHODS[name], example, 0.1)
         models[name] = torch.cat([p.detach().flatten() for p in model.parameters()])
     he, ones, gsgd = models.values()
     assert torch.equal(ones, gsgd)

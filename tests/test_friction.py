@@ -70,7 +70,7 @@ def test_building_without_headers_says_what_to_install(tmp_path: Path) -> None:
 
 def test_parameters_instead_of_the_model_suggest_the_model() -> None:
     model = nn.Linear(2, 1)
-    with pytest.raises(ValueError, match="expected the model itself"):
+    with pytest.raises(ValueError, match=r"write GSGD\(model, \.\.\.\)"):
         gsgd.torch.GSGD(model.parameters(), lr=0.1)
 
 

@@ -10,6 +10,7 @@ A parameter is described only if the whole function reads it once, and a layer d
 
 from __future__ import annotations
 
+import functools
 import math
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Sequence
@@ -508,12 +509,22 @@ Rule = Callable[[_Describe, _Step], list[Nodes | _Parameter]]
 
 def _made(rule: Callable[..., Nodes]) -> Rule:
     """A rule that is told the result's shape, what is read, and the primitive's parameters."""
-    return lambda describe, step: [rule(describe, step.made[0].shape, *step.reads, **step.equation.params)]
+
+    @functools.wraps(rule)
+    def apply(describe: _Describe, step: _Step) -> list[Nodes | _Parameter]:
+        return [rule(describe, step.made[0].shape, *step.reads, **step.equation.params)]
+
+    return apply
 
 
 def _plain(rule: Callable[..., Nodes]) -> Rule:
     """A rule for which the primitive's parameters do not matter."""
-    return lambda describe, step: [rule(describe, step.made[0].shape, *step.reads)]
+
+    @functools.wraps(rule)
+    def apply(describe: _Describe, step: _Step) -> list[Nodes | _Parameter]:
+        return [rule(describe, step.made[0].shape, *step.reads)]
+
+    return apply
 
 
 # what is not here pins what it reads

@@ -1,41 +1,45 @@
-"""Runs of a PyTorch module without values, in which every call of a torch function is seen.
+"""Runs of a copy of a PyTorch module in which every call of a torch function is seen.
 
-The module is copied to the meta device (shapes, no values). A value that no observed operation made is an error.
+First without values (`gsgd.torch.values`): that is fast, and needs little memory. Where this fails, because real values
+are asked for or an operation has no kernel without them, a run on the example's values follows. A value that no
+observed operation made is an error.
 """
 
 from __future__ import annotations
 
 import copy
-import dataclasses
 import random
-import re
 import sys
-import warnings
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from types import FrameType, GeneratorType
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from gsgd.torch.memory import converted, held_tensors, shared_parameters
+from gsgd.torch.memory import copy_converted, held_tensors, isolated_global_hooks
+from gsgd.torch.values import ASKING, DRAWING, LIKE, Kind, Kinds, call, is_continuous, on_cpu, tensors_in
 
 OUT_OF_SIGHT = "it reads a value made out of sight: by TorchScript, vmap or an extension"
 # where torch keeps its kernels without values that are written in Python
 _KERNELS = ("torch._refs", "torch._prims", "torch._decomp", "torch._meta_registrations")
-_TRIED_SIZES = (224, 32, 28, 64, 96, 128, 256, 299, 16, 8)  # spatial extents, when no example inputs are given
 _LITERALS = (bool, int, float, str, torch.Size, torch.dtype, torch.device, torch.layout, torch.memory_format)
+_TORCH = str(Path(torch.__file__).parent)
 
 
 def unwrap(model: nn.Module) -> tuple[nn.Module, dict[str, str]]:
     """The module inside DataParallel, DDP and torch.compile, and its parameters' names -> those of `model`."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    for module in model.modules():
+        if any(map(nn.parameter.is_lazy, own_tensors(module))):
+            raise ValueError(f"{type(module).__name__} is lazy: run the model once before it is traced")
     inner: Any = model
     while isinstance(inner, nn.DataParallel | nn.parallel.DistributedDataParallel) or hasattr(inner, "_orig_mod"):
         inner = inner._orig_mod if hasattr(inner, "_orig_mod") else inner.module
@@ -45,16 +49,8 @@ def unwrap(model: nn.Module) -> tuple[nn.Module, dict[str, str]]:
 
 def copy_model(model: nn.Module, convert: Callable[[Tensor], Tensor]) -> nn.Module:
     """A deep copy of `model` with every tensor `convert`ed on the way; what shares memory does so in the copy."""
-    for module in model.modules():
-        if any(map(nn.parameter.is_lazy, own_tensors(module))):
-            raise ValueError(f"{type(module).__name__} is lazy: run the model once before it is traced")
-    tensors = held_tensors(model)
-    memo: dict[int, Any] = dict(converted(tensors, convert))
-    for t in tensors:
-        if isinstance(t, nn.Parameter):
-            memo[id(t)] = nn.Parameter(memo[id(t)], is_continuous(memo[id(t)]))
     try:
-        copied = copy.deepcopy(model, memo)
+        copied: nn.Module = copy_converted(model, convert)
     except Exception as error:
         raise ValueError(
             f"the model can't be copied ({type(error).__name__}: {error}): describe it by hand, and pass network="
@@ -90,91 +86,14 @@ def kept_random_states() -> Iterator[None]:
 
 
 def output_tensors(out: Any) -> list[Tensor]:
-    """The tensors of real or complex numbers in what a model returns."""
-    tensors = []
+    """The tensors of real or complex numbers in what a model returns, in objects of whatever class."""
     for leaf in tree_leaves(out):
-        if isinstance(leaf, Tensor):
-            tensors += [leaf] if is_continuous(leaf) else []
-        elif isinstance(leaf, Mapping):
-            tensors += output_tensors(list(leaf.values()))
-        elif dataclasses.is_dataclass(leaf):
-            tensors += output_tensors([getattr(leaf, field.name) for field in dataclasses.fields(leaf)])
-        elif hasattr(leaf, "to_tuple"):
-            tensors += output_tensors(leaf.to_tuple())
-        elif not isinstance(leaf, bool | int | float | str | None):
+        if isinstance(leaf, GeneratorType):
             raise TypeError(
-                f"the model returns a {type(leaf).__name__}, which can't be looked into: expected tensors, or tuples, "
-                "lists, dicts and dataclasses of them. Wrap the model in a module that returns such"
+                "the model returns a generator, which can't be looked into: wrap it in a module that returns tensors, "
+                "or tuples, lists, dicts or objects of them"
             )
-    return tensors
-
-
-def copy_without_values(model: nn.Module, names: Mapping[str, str]) -> tuple[nn.Module, dict[int, str]]:
-    """A copy of `model` without values, in training mode, and the names of its parameters by identity."""
-    for name, module in model.named_modules():
-        if isinstance(module, torch.jit.ScriptModule):
-            where = f"module {name!r}" if name else "the model"
-            raise ValueError(f"{where} is compiled by TorchScript, and can't be seen into")
-    # integers keep their values: they are indices, such as a fixed permutation of channels
-    ghost = copy_model(model, lambda t: t.to("meta") if is_continuous(t) else t.to("cpu", copy=True)).train()
-    for module in ghost.modules():  # nothing goes backward here
-        module._backward_hooks.clear()
-        module._backward_pre_hooks.clear()
-    shared = shared_parameters(model)
-    return ghost, {id(p): names[name] for name, p in ghost.named_parameters() if name not in shared}
-
-
-def count_reads(
-    ghost: nn.Module, given: tuple[tuple[Any, ...], dict[str, Any]] | None, originals: set[int]
-) -> tuple[tuple[Any, ...], dict[str, Any], Counter[int]]:
-    """Arguments on which `ghost` runs, and how often it then reads every tensor (by identity)."""
-    failure: Exception | None = None
-    first: tuple[tuple[Any, ...], dict[str, Any], _CountReads] | None = None
-    for args, kwargs in [given] if given is not None else _guesses(ghost):
-        mode = _CountReads(originals)
-        try:
-            mode.follow(ghost, args, kwargs)
-        except ValueError as error:
-            if _asks_for_values(error.__cause__):  # other inputs would not help
-                raise
-            failure = failure or error
-            continue
-        if given is not None:
-            return args, kwargs, mode.reads
-        if first is None:
-            first = args, kwargs, mode
-            continue
-        if mode.calls != first[2].calls:
-            one, other = (tuple(x.shape) for x in (first[0][0], args[0]))
-            warnings.warn(
-                f"the model calls other functions on inputs of shape {one}, with which it was traced, than on those of "
-                f"{other}: pass example_inputs of the shape that it is trained on",
-                stacklevel=4,
-            )
-        break
-    if first is not None:
-        return first[0], first[1], first[2].reads
-    if given is not None and failure is not None:
-        raise failure
-    reason = f" (the first that was tried: {failure})" if failure else ""
-    raise ValueError(f"no input was found on which the model runs: pass example_inputs{reason}") from failure
-
-
-def _asks_for_values(error: BaseException | None) -> bool:
-    return re.search(r"(?<![a-z])meta(?![a-z])", str(error), re.IGNORECASE) is not None
-
-
-def _guesses(model: nn.Module) -> Iterator[tuple[tuple[Tensor], dict[str, Any]]]:
-    for module in model.modules():
-        if isinstance(module, nn.Linear):
-            shapes = [(2, module.in_features), (2, 16, module.in_features)]
-        elif isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
-            shapes = [(2, module.in_channels, *(size,) * len(module.kernel_size)) for size in _TRIED_SIZES]
-        else:
-            continue
-        for shape in shapes:
-            yield (torch.empty(shape, device="meta", dtype=module.weight.dtype),), {}
-        return
+    return [t for t in held_tensors(out) if is_continuous(t)]
 
 
 def name_of(func: Callable[..., Any]) -> str:
@@ -182,105 +101,136 @@ def name_of(func: Callable[..., Any]) -> str:
     if isinstance(func, torch._ops.OpOverloadPacket | torch._ops.OpOverload):
         return str(func)
     name: str = getattr(func, "__name__", repr(func))
-    if name == "__get__":  # a property
-        return func.__self__.__name__  # type: ignore[attr-defined, no-any-return]
+    if name in ("__get__", "__set__"):  # a property
+        return func.__self__.__name__ + ("" if name == "__get__" else "=")  # type: ignore[attr-defined, no-any-return]
     module = getattr(func, "__module__", None) or "torch"
     return name if module.partition(".")[0] == "torch" else f"{module}.{name}"
 
 
-def _call(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-    """`func` without values: constants follow meta tensors to their device, and nothing leaves it."""
-    if not any(isinstance(t, Tensor) and t.is_meta for t in tree_leaves((args, kwargs))):
-        return func(*args, **kwargs)
-    args, kwargs = tree_map_only(Tensor, lambda t: t if t.is_meta else t.to("meta"), (args, kwargs))
-    name = name_of(func)
-    if name in ("cpu", "cuda"):
-        return args[0]
-    if name == "to":
-        dtypes = [a.dtype if isinstance(a, Tensor) else a for a in (*args[1:], *kwargs.values())]
-        return args[0].to(next((a for a in dtypes if isinstance(a, torch.dtype)), args[0].dtype))
-    if func is F.batch_norm:  # it would refuse a batch of one
-        return args[0].clone()
-    return func(*args, **kwargs)
-
-
-def tensors_in(tree: Any) -> list[Tensor]:
-    return [t for t in tree_leaves(tree) if isinstance(t, Tensor)]
-
-
-def is_continuous(t: Tensor) -> bool:
-    return t.is_floating_point() or t.is_complex()
+def _line_of(frame: FrameType | None) -> str:
+    """The innermost line of the model's own code that is running, if any."""
+    while frame is not None and frame.f_code.co_filename.startswith(_TORCH):
+        frame = frame.f_back
+    if frame is None or frame.f_code.co_filename == __file__:
+        return ""
+    return f"{frame.f_code.co_filename}:{frame.f_lineno}"
 
 
 class Follow(TorchFunctionMode):
-    """Runs a model without values and hands every call of a torch function to `see`."""
+    """Runs a model and hands every call of a torch function to `see`; with values if it is `real`."""
+
+    def __init__(self, real: bool) -> None:
+        super().__init__()
+        self.real = real
+        self.kind = Kinds()
+        self.path: list[str] = []
+        self.current = ""  # the function that is called, and the module
+        self.depth = 0  # of calls that are seen
+        self.written: list[Tensor] = []  # by the call
+        self.line = ""
+        self.out_of_sight = False
 
     def follow(self, ghost: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         model = copy.deepcopy(ghost, {id(p): p for p in ghost.parameters()})  # whatever a run leaves behind is dropped
-        self.path: list[str] = []
-        self.current = ""
         self.enter(held_tensors(model))
         for name, module in model.named_modules():
             module.register_forward_pre_hook(lambda _module, _args, name=name: self.path.append(name))
             module.register_forward_hook(lambda _module, _args, out, name=name: self.leave(name, out))
-        args, kwargs = tree_map_only(Tensor, self.start, (args, kwargs))
+        args, kwargs = copy_converted((args, kwargs), self.convert)
+        for t in held_tensors((args, kwargs)):
+            self.start(t)
         try:
-            with kept_random_states(), torch.enable_grad(), torch.compiler.set_stance("force_eager"), self:
+            with ExitStack() as stack:
+                stack.enter_context(kept_random_states())
+                stack.enter_context(isolated_global_hooks())
+                stack.enter_context(torch.enable_grad())
+                stack.enter_context(torch.compiler.set_stance("force_eager"))
+                if self.real:
+                    stack.enter_context(_Guard(self))
+                stack.enter_context(self)
                 out = model(*args, **kwargs)
-        except Exception as error:
-            where = self.current or "the arguments of forward"
-            message = f"the model can't be followed, at {where}: {type(error).__name__}: {error}"
-            if _asks_for_values(error):
-                message += " (a tensor's values are asked for; describe such a network by hand)"
-            raise ValueError(message) from error
+        except Exception as raised:
+            # TorchScript makes another error of what it meets
+            error = ValueError(OUT_OF_SIGHT) if self.out_of_sight else raised
+            where = ", ".join(filter(None, (self.current, self.line))) or "the arguments of forward"
+            raise ValueError(f"the model can't be followed, at {where}: {type(error).__name__}: {error}") from error
         self.finish(model, output_tensors(out))
+
+    def convert(self, t: Tensor) -> Tensor:
+        """An argument of this run."""
+        return t.detach().to("cpu" if self.real or not is_continuous(t) else "meta", copy=True)
+
+    def enter(self, tensors: list[Tensor]) -> None:
+        """The model holds these."""
+        weights = [t for t in tensors if isinstance(t, nn.Parameter) and is_continuous(t)]
+        self.kind.raise_to(Kind.REAL, weights)
+
+    def start(self, t: Tensor) -> None:
+        """An argument."""
+        self.kind.raise_to(Kind.REAL if is_continuous(t) else Kind.VARYING, [t])
 
     def leave(self, name: str, out: Any) -> None:
         """The module of this name has returned."""
         self.path.pop()
-
-    def start(self, t: Tensor) -> Tensor:
-        """An argument without values."""
-        return t.detach().to("meta")
-
-    def enter(self, tensors: list[Tensor]) -> None: ...
 
     def finish(self, model: nn.Module, outputs: list[Tensor]) -> None: ...
 
     def see(self, func: Callable[..., Any], args: Any, kwargs: Any, out: Any) -> None:
         raise NotImplementedError
 
+    def ask(self, func: Callable[..., Any], args: Any, kwargs: Any, out: Any) -> Any:
+        """A real value is asked for, and is `out`: the answer that is given."""
+        raise NotImplementedError
+
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if sys._getframe(1).f_globals.get("__name__", "").startswith(_KERNELS):  # of an operation that was not seen
             raise ValueError(OUT_OF_SIGHT)
-        kwargs = dict(kwargs or {})
+        self.depth += 1
+        try:
+            return self.call(func, args, dict(kwargs or {}))
+        finally:
+            self.depth -= 1
+
+    def call(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        name = name_of(func)
         if "input" in kwargs:
             args = (kwargs.pop("input"), *args)
-        self.current = f"{name_of(func).strip('_')} in {(self.path or [''])[-1] or 'the model'}"
-        out = _call(func, args, kwargs)
-        metadata = out is not None and all(isinstance(leaf, _LITERALS) for leaf in tree_leaves(out))
-        if not metadata:
+        if name in ("device", "is_meta") and args and isinstance(args[0], Tensor):
+            return torch.device("cpu") if name == "device" else False
+        self.current = f"{name.strip('_')} in {(self.path or [''])[-1] or 'the model'}"
+        self.line = _line_of(sys._getframe(2))
+        args, kwargs = on_cpu(name, args, kwargs)
+        tensors = tensors_in((args, kwargs))
+        made_of = max((self.kind(t) for t in tensors[name in LIKE :]), default=Kind.FIXED)
+        if name.strip("_") in DRAWING:
+            made_of = max(made_of, Kind.VARYING)
+        out, self.written = call(self.kind, func, name, args, kwargs, self.real)
+        results = tensors_in(out)
+        if not self.real and made_of is Kind.REAL:  # what is known all the same was made of nothing else
+            known = max((self.kind(t) for t in tensors if self.kind(t) < Kind.REAL), default=Kind.FIXED)
+            self.kind.raise_to(known, [t for t in results if not t.is_meta])
+            results = [t for t in results if t.is_meta]
+        self.kind.raise_to(made_of, results + self.written)
+        if name in ASKING and made_of is Kind.REAL:
+            return self.ask(func, args, kwargs, out)
+        if out is None or not all(isinstance(leaf, _LITERALS) for leaf in tree_leaves(out)):
             self.see(func, args, kwargs, out)
         return out
 
 
-def _base(t: Tensor) -> Tensor:
-    """What `t` is a view of, or `t`."""
-    return t if t._base is None else t._base
+class _Guard(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """What torch does in a real run outside of calls that are seen must read none of its values."""
 
+    def __init__(self, run: Follow) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.run = run
 
-class _CountReads(Follow):
-    def __init__(self, originals: set[int]) -> None:
-        super().__init__()
-        self.originals = originals  # parameters of which `ghost` has copies
-        self.reads: Counter[int] = Counter()
-        self.calls: list[str] = []
-
-    def see(self, func: Callable[..., Any], args: Any, kwargs: Any, out: Any) -> None:
-        self.calls.append(name_of(func))
-        viewed = {id(_base(t)) for t in tensors_in(out)}
-        views = viewed if len(viewed) == 1 and all(t._base is not None for t in tensors_in(out)) else set()
-        reads = [id(_base(t)) for t in tensors_in((args, kwargs)) if id(_base(t)) not in views]
-        if not self.originals.isdisjoint(reads):
-            raise ValueError("forward refers to the original model, by a closure: it must read parameters through self")
-        self.reads.update(reads)
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        with torch._C.DisableTorchFunction():
+            out = func(*args, **(kwargs or {}))
+            if self.run.depth or not any(self.run.kind(t) is Kind.REAL for t in tensors_in((args, kwargs))):
+                return out
+            if func is torch.ops.aten._local_scalar_dense.default:  # a tensor is given where numbers are expected
+                return self.run.ask(func, args, {}, out)
+            self.run.out_of_sight = True
+            raise ValueError(OUT_OF_SIGHT)

@@ -1,16 +1,21 @@
-"""Tensors that a model holds, and which of its parameters share memory with others of them."""
+"""Tensors that a model holds: which of its parameters share memory with others of them, and copies that keep this."""
 
 from __future__ import annotations
 
+import copy
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from logging import Logger
-from types import FunctionType, MethodType, ModuleType
+from types import BuiltinFunctionType, CellType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as torch_modules
+
+_NO_DATA = (type, ModuleType, Logger, FunctionType, BuiltinFunctionType)
 
 
 def held_tensors(root: Any) -> list[Tensor]:
@@ -76,7 +81,91 @@ def _repeats(t: Tensor) -> bool:
     return any(n > 1 and step == 0 for n, step in zip(t.shape, t.stride(), strict=True))
 
 
-def converted(tensors: Iterable[Tensor], convert: Callable[[Tensor], Tensor]) -> dict[int, Tensor]:
+def copy_converted(root: Any, convert: Callable[[Tensor], Tensor]) -> Any:
+    """A deep copy with every tensor `convert`ed on the way (elementwise); what shares memory does so in the copy.
+
+    Hooks of modules, which may keep or count what they are given, are copied with all that they refer to.
+    """
+    modules = list(root.modules()) if isinstance(root, nn.Module) else []
+    memo = _memo((root, *(hook for module in modules for kept in _hooks_of(module) for hook in kept.values())), convert)
+    copied = copy.deepcopy(root, memo)
+    for module in modules:
+        for kept, own in zip(_hooks_of(memo[id(module)]), _hooks_of(module), strict=True):
+            kept.update({key: _isolated(hook, memo) for key, hook in own.items()})
+    return copied
+
+
+def _memo(roots: tuple[Any, ...], convert: Callable[[Tensor], Tensor]) -> dict[int, Any]:
+    """For `copy.deepcopy`: every tensor of these, and of what hooks among them refer to, after `convert`."""
+    tensors = held_tensors((roots, [list(_globals_of(root).values()) for root in roots]))
+    memo: dict[int, Any] = dict(_converted(tensors, convert))
+    for t in tensors:
+        if isinstance(t, nn.Parameter):
+            made = memo[id(t)]
+            memo[id(t)] = nn.Parameter(made, made.is_floating_point() or made.is_complex())
+    return memo
+
+
+def _hooks_of(module: nn.Module) -> list[dict[int, Any]]:
+    return [module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks]
+
+
+@contextmanager
+def isolated_global_hooks() -> Iterator[None]:
+    """Hooks of all modules there are work on copies of what they refer to."""
+    kept: list[dict[int, Any]] = [torch_modules._global_forward_pre_hooks, torch_modules._global_forward_hooks]
+    before = [dict(hooks) for hooks in kept]
+    memo = _memo(tuple(hook for hooks in before for hook in hooks.values()), Tensor.clone)
+    for hooks in kept:
+        hooks.update({key: _isolated(hook, memo) for key, hook in hooks.items()})
+    try:
+        yield
+    finally:
+        for hooks, own in zip(kept, before, strict=True):
+            hooks.update(own)
+
+
+def _globals_of(hook: Any) -> dict[str, Any]:
+    """The data that a hook refers to by global names."""
+    if isinstance(hook, partial):
+        return _globals_of(hook.func)
+    if not isinstance(hook, FunctionType):
+        return {}
+    codes, names = [hook.__code__], set()
+    while codes:
+        code = codes.pop()
+        names |= set(code.co_names)
+        codes += [c for c in code.co_consts if isinstance(c, CodeType)]
+    found = {name: hook.__globals__[name] for name in names if name in hook.__globals__}
+    return {name: x for name, x in found.items() if not isinstance(x, _NO_DATA)}
+
+
+def _isolated(hook: Any, memo: dict[int, Any]) -> Any:
+    """A copy of a hook that shares no data with it; what can't be copied is left as it is."""
+
+    def copied(x: Any) -> Any:
+        try:
+            return copy.deepcopy(x, memo)
+        except Exception:  # a writer to a file, say
+            return x
+
+    if isinstance(hook, partial):
+        return partial(_isolated(hook.func, memo), *map(copied, hook.args), **copied(hook.keywords))
+    if not isinstance(hook, FunctionType):
+        return copied(hook)
+    own = {**hook.__globals__, **{name: copied(x) for name, x in _globals_of(hook).items()}}
+    cells = []
+    for cell in hook.__closure__ or ():
+        try:
+            cells.append(CellType(copied(cell.cell_contents)))
+        except ValueError:  # not bound yet
+            cells.append(CellType())
+    made = FunctionType(hook.__code__, own, hook.__name__, copied(hook.__defaults__), tuple(cells))
+    made.__kwdefaults__ = copied(hook.__kwdefaults__)
+    return made
+
+
+def _converted(tensors: Iterable[Tensor], convert: Callable[[Tensor], Tensor]) -> dict[int, Tensor]:
     """Every tensor (by its id) after `convert`, which must be elementwise; those of one storage and dtype share one."""
     groups: dict[Any, list[Tensor]] = {}
     for t in tensors:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any, Unpack, overload
 
 import torch
@@ -18,8 +19,10 @@ from gsgd.optimizer import Stats
 from gsgd.options import OptionArguments, Options, limit
 from gsgd.skeleton import Skeleton
 from gsgd.threads import usable_threads
-from gsgd.torch.engines import Engine, EngineName, EngineOption, Tensors, check_engine, choose
+from gsgd.torch.engines import Engine, EngineName, EngineOption, Tensors, as_real, check_engine, choose
 from gsgd.torch.parameters import EXPECTED, Closure, Params, named_network, refuse_unsupported
+from gsgd.torch.shard_coordinates import find_coordinates
+from gsgd.torch.shards import Shards, is_sharded, local
 
 
 def _in_order_of(group: dict[str, Any], names: list[str]) -> dict[str, Any]:
@@ -76,6 +79,7 @@ class _PathOptimizer(torch.optim.Optimizer):
             params, network, example_inputs, leave_out=leave_out, residual=residual, batch_norm=batch_norm
         )
         self._engine: Engine | None = None
+        self._count_of_params = 0
         self._plan: Any = None
         self._seen: tuple[int, ...] = ()
         self._stats = Stats()
@@ -89,28 +93,35 @@ class _PathOptimizer(torch.optim.Optimizer):
             first, other = next(iter(network.shapes)), next(iter(tensors))
             raise ValueError(f"params: expected names of the network, like {first!r}, got names like {other!r}")
         fixed = [n for n in network.shapes if n not in tensors or not tensors[n].requires_grad]
-        self.network = network.without(fixed, "not trained")
+        network = network.without(fixed, "not trained")
+        self.network = network.without([n for n in network.shapes if tensors[n].is_complex()], "complex")
         self.network.add_plain(n for n in tensors if n not in network.shapes)
         if not self.network.num_units:
             warnings.warn("no unit was found that can be rescaled: every step is a plain one", stacklevel=3)
         skeleton = self._find_coordinates()  # refuses what makes no trees
-        skeleton.warn_of_pinned()
+        if skeleton is not None:
+            skeleton.warn_of_pinned()
         self._current_engine()  # refuses what no step can be taken on
-        if self._options.scale == "ones":
+        if self._options.scale == "ones" and skeleton is not None:
             with torch.no_grad():
                 set_to_one(skeleton, tensors)
 
     def _values(self) -> dict[str, NDArray[Any]]:
-        """The weights as float32 or float64 arrays."""
-        tensors = {name: p.detach().cpu() for name, p in self._tensors().items()}
+        """The weights as float32 or float64 arrays; of sharded ones what is here."""
+        tensors = {name: as_real(local(p)).cpu() for name, p in self._tensors().items()}
         return {n: (a if a.dtype == torch.float64 else a.float()).numpy() for n, a in tensors.items()}
 
-    def _find_coordinates(self) -> Skeleton:
-        """Take the coordinates of the weights as they are."""
-        values = self._values()
+    def _find_coordinates(self) -> Skeleton | None:
+        """Take the coordinates of the weights as they are. Of sharded ones there is no skeleton to look at."""
+        values, tensors = self._values(), self._tensors()
+        self._seen, self._engine = fingerprint(values), None
+        if any(map(is_sharded, tensors.values())):
+            self._coordinates = find_coordinates(self.network, tensors, self._options.rule, self._options.scale)
+            self._plan = None
+            return None
         skeleton = Skeleton(self.network, values, self._options.rule, balanced=self._options.scale == "balanced")
         self._coordinates = Coordinates.of(skeleton, values, self._options.scale)
-        self._seen, self._plan, self._engine = fingerprint(values), skeleton.plan, None
+        self._plan = skeleton.plan
         return skeleton
 
     def _settle(self) -> None:
@@ -118,14 +129,19 @@ class _PathOptimizer(torch.optim.Optimizer):
 
         Since construction a checkpoint, or another process (DDP), may have replaced them.
         """
-        # the scale "ones" has made weights of its own
-        if self._stats.steps == 0 and self._options.scale != "ones" and self._seen != fingerprint(self._values()):
+        if self._stats.steps > 0 or self._options.scale == "ones":  # which has made weights of its own
+            return
+        changed = self._seen != fingerprint(self._values())
+        tensors = self._tensors()
+        if any(map(is_sharded, tensors.values())):
+            changed = Shards(tensors).any(changed)
+        if changed:
             self._find_coordinates()
 
     @property
     def stats(self) -> Stats:
-        """Counts of steps and of clamped ratios; reading it waits for the device."""
-        return Stats(self._stats.steps, int(self._stats.clamped))
+        """Counts of steps, of clamped ratios and of steps left out; reading it waits for the device."""
+        return Stats(self._stats.steps, int(self._stats.clamped), int(self._stats.skipped))
 
     @property
     def engine(self) -> EngineName:
@@ -133,7 +149,9 @@ class _PathOptimizer(torch.optim.Optimizer):
         return self._current_engine().name
 
     def __repr__(self) -> str:
-        return super().__repr__().replace("(", f"(\nengine: {self.engine}", 1)
+        engine = self._current_engine()
+        why = f" ({engine.why})" if engine.why else ""
+        return super().__repr__().replace("(", f"(\nengine: {engine.name}{why}", 1)
 
     # parameters by name
 
@@ -157,8 +175,12 @@ class _PathOptimizer(torch.optim.Optimizer):
             raise
 
     def _tensors(self) -> dict[str, Tensor]:
-        """All parameters by name: those of the network in its order, then the others."""
-        tensors = {n: p for g in self.param_groups for n, p in zip(g["param_names"], g["params"], strict=True)}
+        """All parameters by name: those of the network in its order, then the others.
+
+        Without integers and booleans: these have no gradients, and stay.
+        """
+        named = ((n, p) for g in self.param_groups for n, p in zip(g["param_names"], g["params"], strict=True))
+        tensors = {n: p for n, p in named if p.is_floating_point() or p.is_complex()}
         known = self.network.shapes if hasattr(self, "network") else {}
         for name in known:
             if name not in tensors:
@@ -172,11 +194,11 @@ class _PathOptimizer(torch.optim.Optimizer):
     def _current_engine(self) -> Engine:
         engine = self._engine
         count = sum(len(g["params"]) for g in self.param_groups)
-        if engine is None or count != len(engine.params) or not engine.is_current():
+        if engine is None or count != self._count_of_params or not engine.is_current():
             plan, self._plan = self._plan, None
             engine = self._engine = self._make_engine(self._coordinates, plan)
             group_of = {p: i for i, g in enumerate(self.param_groups) for p in g["params"]}
-            self._group_of = [group_of[p] for p in engine.params]
+            self._group_of, self._count_of_params = [group_of[p] for p in engine.params], count
             for p in engine.params:
                 state = self.state.get(p, {})
                 state.update({n: state[n].to(p) for n in self.moments if state.get(n) is not None})
@@ -188,6 +210,7 @@ class _PathOptimizer(torch.optim.Optimizer):
     def step(self, closure: None = None) -> None: ...
     @overload
     def step(self, closure: Closure) -> Any: ...
+    @torch._disable_dynamo  # type: ignore[attr-defined]  # torch.compiler.disable imports the compiler at once
     @torch.no_grad()
     def step(self, closure: Closure | None = None) -> Any:
         """Update the parameters; `closure`, if given, is called first and its loss returned."""
@@ -197,9 +220,11 @@ class _PathOptimizer(torch.optim.Optimizer):
                 loss = closure()
         if all(p.grad is None for g in self.param_groups for p in g["params"]):
             return loss
-        self._settle()
+        settles = not self._is_rehearsal()
+        if settles:
+            self._settle()
         engine = self._current_engine()
-        gradients = [p.grad for p in engine.params]
+        gradients = engine.as_reals([p.grad for p in engine.params])
         if any(g is None for g in gradients):
             self._warn_of_frozen(engine)
         maximize = [g["maximize"] for g in self.param_groups]
@@ -209,14 +234,29 @@ class _PathOptimizer(torch.optim.Optimizer):
         methods, which = self._methods(engine, gradients)
         first, second = self.moments
         moments = (
-            self._moments(engine.params, first, [o.has_m for o in methods], which),
-            self._moments(engine.params, second, [o.has_v for o in methods], which),
+            engine.as_reals(self._moments(engine.params, first, [o.has_m for o in methods], which)),
+            engine.as_reals(self._moments(engine.params, second, [o.has_v for o in methods], which)),
         )
+        if not settles:
+            self._count(engine, [None] * len(gradients))
+            return loss
         threads = usable_threads(self._options.threads or torch.get_num_threads())
         limits = (limit(self._options.max_ratio), limit(self._options.clip_norm))
         engine.step(gradients, moments, methods, which, limits, threads, self._stats)
-        self._count(engine.params, gradients)
+        self._count(engine, gradients)
         return loss
+
+    def _is_rehearsal(self) -> bool:
+        """Whether a step makes the state and does nothing else: before there is one, torch's checkpoints take such.
+
+        All learning rates and all gradients are zero.
+        """
+        if self.state or any(isinstance(g["lr"], Tensor) and g["lr"].device.type != "cpu" for g in self.param_groups):
+            return False
+        if any(float(g["lr"]) != 0 for g in self.param_groups):
+            return False
+        given = (p.grad for g in self.param_groups for p in g["params"] if p.grad is not None)
+        return not any(local(g).any() for g in given)
 
     def _warn_of_frozen(self, engine: Engine) -> None:
         """Once per engine: a parameter that was frozen after construction follows the units that it reads."""
@@ -237,7 +277,7 @@ class _PathOptimizer(torch.optim.Optimizer):
         """Hyperparameters, and which of them are those of each parameter."""
         return [self._method(g) for g in self.param_groups], self._group_of
 
-    def _count(self, params: list[Tensor], gradients: Tensors) -> None:
+    def _count(self, engine: Engine, gradients: Tensors) -> None:
         """Note that a step was taken."""
 
     def _moments(self, params: list[Tensor], name: str, has: list[bool], which: list[int]) -> Tensors:
@@ -255,11 +295,18 @@ class _PathOptimizer(torch.optim.Optimizer):
     # state
 
     def state_dict(self) -> dict[str, Any]:
-        """As of every optimizer, and under "gsgd" the skeleton and the reference scale."""
-        state = super().state_dict()
+        """As of every optimizer, with the skeleton, the reference scale and counts as "gsgd" in the first param group.
+
+        With H = ``network.num_units``: "in_edges" and "out_edges" of shape (H, 2); "in_weights", "out_weights" and "c"
+        of shape (H,), see `gsgd.coordinates.Coordinates`. Moments are shaped as their parameters.
+        """
         coordinates = {name: torch.from_numpy(x) for name, x in self._coordinates.save().items()}
-        state["gsgd"] = {**coordinates, "steps": self._stats.steps, "clamped": int(self._stats.clamped)}
-        return state
+        # in a group, where hooks see it and distributed checkpoints keep it
+        self.param_groups[0]["gsgd"] = {**coordinates, **asdict(self.stats)}
+        try:
+            return super().state_dict()
+        finally:
+            del self.param_groups[0]["gsgd"]
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Continue from `state_dict`. A state without "gsgd", of another optimizer, keeps this one's skeleton.
@@ -280,9 +327,12 @@ class _PathOptimizer(torch.optim.Optimizer):
         held = {n for s in state_dict["state"].values() for n, x in s.items() if isinstance(x, Tensor)} - {"step"}
         if held and not {self.moments[1]} - {""} <= held <= {*self.moments}:
             raise ValueError(f"state_dict: of another method than {type(self).__name__}: it has {sorted(held)}")
-        given = state_dict.get("gsgd")
+        groups = [dict(group) for group in state_dict["param_groups"]]
+        saved = [group.pop("gsgd") for group in groups if "gsgd" in group]
+        saved += [state_dict["gsgd"]] if "gsgd" in state_dict else []  # of version 0.1
+        given = saved[0] if saved else None
         coordinates = self._coordinates
-        if "gsgd" in state_dict:
+        if saved:
             if not isinstance(given, Mapping) or not given.keys() >= {*NAMES, "steps", "clamped"}:
                 raise ValueError('state_dict: "gsgd" does not hold the skeleton and the reference scale')
             arrays = {name: given[name].numpy(force=True) for name in NAMES}
@@ -296,14 +346,14 @@ class _PathOptimizer(torch.optim.Optimizer):
         self._make_engine(coordinates)  # refuses what are no trees
         names = [g["param_names"] for g in self.param_groups]
         matched = {k: v for k, v in state_dict.items() if k != "gsgd"}
-        matched["param_groups"] = list(map(_in_order_of, state_dict["param_groups"], names))
+        matched["param_groups"] = list(map(_in_order_of, groups, names))
         super().load_state_dict(matched)
         for group, own in zip(self.param_groups, names, strict=True):
             group["param_names"] = own  # those in the state may be of a wrapped model
         self._coordinates, self._engine = coordinates, None
         self._plan, self._seen = None, ()
         if given is not None:
-            self._stats = Stats(given["steps"], given["clamped"])
+            self._stats = Stats(given["steps"], given["clamped"], given.get("skipped", 0))  # version 0.1 has none
 
     def __getstate__(self) -> dict[str, Any]:
         kept = ("network", "_coordinates", "_options", "_engine_option")
@@ -440,6 +490,12 @@ class GAdam(_PathOptimizer):
 
     def _methods(self, engine: Engine, gradients: Tensors) -> tuple[list[Method], list[int]]:
         """The bias corrections are of the number of steps that a parameter itself has taken."""
+        if engine.steps_taken is not None:
+            for p, taken in zip(engine.params, engine.steps_taken, strict=True):
+                if (known := self.state[p].get("step")) is not taken:
+                    taken.fill_(0 if known is None else known)
+                    self.state[p]["step"] = taken
+            return super()._methods(engine, gradients)
         place: dict[tuple[int, int], int] = {}
         which = []
         for p, g, group in zip(engine.params, gradients, self._group_of, strict=True):
@@ -448,8 +504,10 @@ class GAdam(_PathOptimizer):
         own = [self._method(g) for g in self.param_groups]
         return [own[group].at(step) for group, step in place], which
 
-    def _count(self, params: list[Tensor], gradients: Tensors) -> None:
-        for p, g in zip(params, gradients, strict=True):
+    def _count(self, engine: Engine, gradients: Tensors) -> None:
+        if engine.steps_taken is not None:
+            return
+        for p, g in zip(engine.params, gradients, strict=True):
             self.state[p]["step"] = int(self.state[p].get("step", 0)) + (g is not None)
 
 

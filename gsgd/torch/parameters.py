@@ -8,24 +8,26 @@ from typing import Any, TypeAlias
 from torch import Tensor, nn
 
 from gsgd.network import Network
+from gsgd.torch.shards import is_sharded
 from gsgd.torch.trace import trace
 
 Params: TypeAlias = nn.Module | Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]]
 Closure: TypeAlias = Callable[[], Any]
 
-EXPECTED = "params: expected the model itself, or named parameters (model.named_parameters()) and network="
+EXPECTED = (
+    "params: expected the model itself, or named parameters (model.named_parameters()) and network=. "
+    "In place of SGD(model.parameters(), ...) write GSGD(model, ...)"
+)
 
 
 def refuse_unsupported(name: str, p: Tensor) -> None:
     """A TypeError names a parameter that no step can be taken on."""
-    kinds = {c.__name__ for c in type(p).__mro__}
-    if kinds & {"DTensor", "FlatParameter"}:
+    if any(c.__name__ == "FlatParameter" for c in type(p).__mro__):
         raise TypeError(
-            f"parameter {name!r} is sharded ({type(p).__name__}): G-SGD needs whole rows and columns. "
-            "Supported are parameters that every process holds whole, as with DistributedDataParallel."
+            f"parameter {name!r} is a FlatParameter of FullyShardedDataParallel, which mixes layers: use fully_shard"
         )
-    if p.is_sparse or not p.is_floating_point() or p.device.type == "meta":
-        raise TypeError(f"parameter {name!r}: expected a dense floating-point tensor, got {p.dtype} on {p.device}")
+    if p.is_sparse or p.device.type == "meta":
+        raise TypeError(f"parameter {name!r}: expected a dense tensor with values, got {p.layout} on {p.device}")
 
 
 def named_network(params: Params, network: Network | None, example_inputs: Any, **tracing: Any) -> tuple[Any, Network]:
@@ -47,6 +49,8 @@ def named_network(params: Params, network: Network | None, example_inputs: Any, 
         for name, p in parameters.items():
             refuse_unsupported(name, p)
         if network is None:
+            if any(is_sharded(p) for p in parameters.values()):
+                raise ValueError("network: expected that of the model before it was sharded: net = trace(model, ...)")
             network = trace(model, example_inputs, **tracing)
         for name in network.shapes:
             if name not in parameters:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -16,8 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from gsgd.blocks import Dim, Part
 from gsgd.network import BatchNormMode, Features
-from gsgd.torch.follow import is_continuous, name_of, tensors_in
+from gsgd.torch.follow import name_of
+from gsgd.torch.values import LIKE, Kind, is_continuous, tensors_in
 from gsgd.trace import rules
 from gsgd.trace.nodes import Algebra, Nodes, NotUnderstood, along, compact
 from gsgd.trace.rules import Operand
@@ -30,7 +33,6 @@ class Run(Protocol):
     on: Algebra
     batch_norm: BatchNormMode
     current: str  # the function that is called, and the module
-    drawn: set[int]  # ids of what was made of random numbers
 
     def nodes(self, t: Tensor) -> Nodes:
         """The nodes of a value."""
@@ -40,6 +42,9 @@ class Run(Protocol):
 
     def weight(self, t: Any) -> str:
         """The same of a parameter that must have one."""
+
+    def kind(self, t: Tensor) -> Kind:
+        """Whether its values are the same in every pass."""
 
     def why_not_described(self, t: Any) -> str:
         """Why a parameter, or a view of one, can't be described; nothing for others and for those that can."""
@@ -265,16 +270,68 @@ def attention(
     return np.broadcast_to(nodes, out.shape)
 
 
+def multi_head_attention(
+    run: Run,
+    out: tuple[Tensor, Tensor | None],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    embed_dim_to_check: int,
+    num_heads: int,
+    in_proj_weight: Tensor | None,
+    in_proj_bias: Tensor | None,
+    bias_k: Tensor | None,
+    bias_v: Tensor | None,
+    add_zero_attn: bool,
+    dropout_p: float,
+    out_proj_weight: Tensor,
+    out_proj_bias: Tensor | None,
+    *_: Any,
+    q_proj_weight: Tensor | None = None,
+    k_proj_weight: Tensor | None = None,
+    v_proj_weight: Tensor | None = None,
+    attn_mask: Tensor | None = None,
+    static_k: Tensor | None = None,
+    static_v: Tensor | None = None,
+    **options: Any,
+) -> list[Nodes]:
+    """Three projections by one matrix or three, sums of values over positions, and a fourth projection."""
+    on, net, width = run.on, run.on.net, embed_dim_to_check
+    biases = [bias for bias in (in_proj_bias, bias_v, out_proj_bias) if bias is not None]
+    if static_k is not None or static_v is not None or not all(map(run.described, biases)):
+        raise NotUnderstood("of this form")
+    own = [q_proj_weight, k_proj_weight, v_proj_weight] if in_proj_weight is None else [in_proj_weight]
+    names, last = [run.weight(w) for w in own], run.weight(out_proj_weight)
+    read = [on.read(run.nodes(t), -1) for t in (query, key, value)]
+    if in_proj_weight is None:
+        projected = [net.dense(name, x, width).per_feature for name, x in zip(names, read, strict=True)]
+    else:
+        projected = np.split(net.nodes.new(3 * width, names[0]), 3)
+        none, dims = Dim(), (Dim(width, 0, 1), Dim(in_proj_weight.shape[1], 1, 1))
+        parts = [
+            Part((none, *dims, none, none, none), (0, i * width), rows, x.per_feature)
+            for i, (rows, x) in enumerate(zip(projected, read, strict=True))
+        ]
+        net.edges(names[0], "dense", tuple(in_proj_weight.shape), *parts)
+    if in_proj_bias is not None:
+        net.bias(run.weight(in_proj_bias), net.features(np.concatenate(projected)))
+    reason, values = f"{run.current}: as its weights", projected[2]
+    on.pin(np.concatenate(projected[:2]), reason)
+    if attn_mask is not None:
+        on.pin(run.nodes(attn_mask), reason)
+    if bias_v is not None:  # the value of one more position
+        values = rules.add(on, Operand(values), run.operand(bias_v)).reshape(-1)
+    y = net.dense(last, net.features(values), width, bias=run.described(out_proj_bias))
+    weights = [] if out[1] is None else [on.fill(out[1].shape, int(projected[0][0]))]
+    return [along(y.per_feature, -1, out[0].shape), *weights]
+
+
 def same(run: Run, out: Any, x: Tensor, *_: Any, **options: Any) -> Nodes:
     return run.nodes(x)
 
 
 def make(run: Run, out: Tensor, *_: Any, **options: Any) -> Nodes:
     return run.on.fill(out.shape)
-
-
-def zeros(run: Run, out: Tensor, *_: Any, **options: Any) -> Nodes:
-    return run.on.zero(out.shape)
 
 
 def prelu(run: Run, out: Tensor, x: Tensor, weight: Tensor) -> Nodes:
@@ -364,7 +421,8 @@ def threshold(run: Run, out: Tensor, x: Tensor, threshold: Any, value: Any, inpl
 
 
 def clamp(run: Run, out: Tensor, x: Tensor, min: Any = None, max: Any = None) -> Nodes:
-    if min is None or not run.on.is_zero(run.operand(min).nodes) or max not in (None, float("inf")):
+    no_bound = not isinstance(max, Tensor) and max in (None, float("inf"))
+    if min is None or not run.on.is_zero(run.operand(min).nodes) or not no_bound:
         raise NotUnderstood
     return run.nodes(x)
 
@@ -375,8 +433,8 @@ def clamp(run: Run, out: Tensor, x: Tensor, min: Any = None, max: Any = None) ->
 def rearrange(run: Run, func: Callable[..., Any], args: Any, kwargs: Any, out: Any) -> Any:
     if any(isinstance(a, torch.dtype) for a in tree_leaves((args, kwargs))):
         raise NotUnderstood("reinterpreted as another dtype")
-    if any(t.is_meta and not is_continuous(t) for t in tensors_in((args, kwargs))):
-        raise NotUnderstood("computed indices")
+    if not any(map(is_continuous, tensors_in(out))):  # indices, which may have the shape of a value
+        return []
     found = [t for t in tensors_in((args, kwargs)) if is_continuous(t)]
     if len(found) == 1:
         run.moved(found[0], tensors_in(out))
@@ -384,40 +442,84 @@ def rearrange(run: Run, func: Callable[..., Any], args: Any, kwargs: Any, out: A
     copying: dict[str, Callable[..., Any]] = {"view": Tensor.reshape, "view_as": Tensor.reshape_as}
     func = copying.get(name_of(func), func)
     try:
-        refuse_drawn(run, func, args, kwargs)
-        args, kwargs = tree_map_only(Tensor, lambda t: as_tensor(run, t) if is_continuous(t) else t, (args, kwargs))
+        select_alike(run, func, args, kwargs)
+        args, kwargs = tree_map_only(Tensor, partial(as_tensor, run), (args, kwargs))
         return tree_map_only(Tensor, Tensor.numpy, func(*args, **kwargs))
     except (IndexError, RuntimeError) as error:  # another function of the same name
         raise NotUnderstood from error
 
 
 def as_tensor(run: Run, t: Tensor) -> Tensor:
-    """The nodes of a value, for torch to move them about."""
+    """The nodes of a value, for torch to move them about; indices are what they are."""
+    if not is_continuous(t):
+        return torch.zeros(t.shape, dtype=t.dtype) if t.is_meta else t
     nodes = run.nodes(t)
     return torch.from_numpy(compact(nodes)[0].copy()).expand(nodes.shape)
 
 
-def refuse_drawn(run: Run, func: Callable[..., Any], args: Any, kwargs: Any) -> None:
-    """Indices that were drawn may only select along dimensions along which the nodes are equal."""
+def select_alike(run: Run, func: Callable[..., Any], args: Any, kwargs: Any) -> None:
+    """Indices that differ from pass to pass may only select along dimensions along which the nodes are equal."""
     tensors = tensors_in((args, kwargs))
     values = [t for t in tensors if is_continuous(t)]
-    drawn = {id(t) for t in tensors if id(t) in run.drawn and not is_continuous(t)}
-    if not values or not drawn:
+    indices = [t for t in tensors if not is_continuous(t)]
+    varying = {id(t) for t in indices if t.is_meta or run.kind(t) is not Kind.FIXED}
+    if not values or not varying:
         return
     nodes = run.nodes(values[0])
-    shape = [max(2, n) for n in nodes.shape]  # 0 and 1 are indices along every dimension
+    # 0 and 1 are indices along every dimension, but masks have the shape of what they select from
+    shape = [n if any(t.dtype is torch.bool for t in indices) else max(2, n) for n in nodes.shape]
     differ = [n if n > 1 and step else 1 for n, step in zip(nodes.shape, nodes.strides, strict=True)]
     places = torch.arange(math.prod(differ)).reshape(differ).expand(shape)
 
     def select(index: int) -> Tensor:
         def convert(t: Tensor) -> Tensor:
-            return places if is_continuous(t) else torch.full_like(t, index) if id(t) in drawn else t
+            if is_continuous(t):
+                return places
+            return _one(t, index) if id(t) in varying else t
 
         a, k = tree_map_only(Tensor, convert, (args, kwargs))
         return func(*a, **k)  # type: ignore[no-any-return]
 
     if not torch.equal(select(0), select(1)):
-        raise NotUnderstood("random indices")
+        raise NotUnderstood("indices that vary")
+
+
+def _one(indices: Tensor, which: int) -> Tensor:
+    """Indices which all are this one; of a mask, its first or its last entry."""
+    if indices.dtype is not torch.bool:
+        return torch.full(indices.shape, which, dtype=indices.dtype)
+    mask = torch.zeros(indices.numel(), dtype=torch.bool)
+    mask[-which:][:1] = True
+    return mask.reshape(indices.shape)
+
+
+def gather(run: Run, out: Tensor, x: Tensor, dim: int, index: Tensor, **options: Any) -> Nodes:
+    """Of every line along `dim`, any elements."""
+    nodes = run.nodes(x)
+    dim %= nodes.ndim
+    nodes = nodes[tuple(slice(None) if d == dim else slice(0, n) for d, n in enumerate(out.shape))]
+    return rules.pool(run.on, nodes, [dim], out.shape)
+
+
+def scatter(run: Run, out: Tensor, x: Tensor, dim: int, index: Tensor, src: Any, **options: Any) -> Nodes:
+    """Sums, means and extrema of elements of every line along `dim`, and of what was there."""
+    if (
+        not isinstance(src, Tensor)
+        or not options.keys() <= {"include_self"} | {"reduce"}
+        or (options.get("reduce", "sum") not in ("sum", "mean", "amax", "amin"))
+    ):
+        raise NotUnderstood
+    nodes, dim = run.nodes(src), dim % out.ndim
+    if any(nodes.shape[d] != n for d, n in enumerate(out.shape) if d != dim):
+        raise NotUnderstood("of a part")
+    before, added = (rules.pool(run.on, found, [dim], out.shape) for found in (run.nodes(x), nodes))
+    return rules.choose(run.on, before, added)
+
+
+def scatter_reduce(
+    run: Run, out: Tensor, x: Tensor, dim: int, index: Tensor, src: Any, reduce: str, *, include_self: bool = True
+) -> Nodes:
+    return scatter(run, out, x, dim, index, src, reduce=reduce)
 
 
 Rule = Callable[[Run, Callable[..., Any], Any, Any, Any], Any]
@@ -464,10 +566,13 @@ ELEMENTWISE: dict[str, Rule] = {
     **dict.fromkeys(("clamp", "clamp_min", "clip"), _made(clamp)),
     **dict.fromkeys(("div", "divide", "true_divide"), _made(divide)),
     **dict.fromkeys(("mul", "multiply"), _made(multiply)),
+    **dict.fromkeys(("index_add", "scatter", "scatter_add"), _made(scatter)),
+    "scatter_reduce": _made(scatter_reduce),
     "masked_fill": _made(masked_fill),
     **dict.fromkeys(("_threshold", "threshold"), _made(threshold)),
 }
 RULES: dict[str, Rule] = {
+    "gather": _made(gather),
     "batch_norm": _normalized,
     **dict.fromkeys((f"conv{n}d" for n in (1, 2, 3)), _made(convolution)),
     **dict.fromkeys((f"conv_transpose{n}d" for n in (1, 2, 3)), _made(transposed_convolution)),
@@ -483,6 +588,7 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(("__matmul__", "bmm", "matmul", "mm"), _made(matmul)),
     **dict.fromkeys(("addmm", "baddbmm"), _made(add_matmul)),
     "einsum": _made(einsum),
+    "multi_head_attention_forward": _made(multi_head_attention),
     "pad": _made(pad),
     "prelu": _made(prelu),
     "rms_norm": _made(rms_norm),
@@ -498,11 +604,7 @@ RULES: dict[str, Rule] = {
         for more in ("", "_with_indices")
     },
     # of an argument only its shape and dtype are used
-    **dict.fromkeys((
-        "empty_like", "full_like", "new_empty", "new_full", "new_ones", "ones_like", "rand_like", "randint_like",
-        "randn_like",
-    ), _made(make)),
-    **dict.fromkeys(("new_zeros", "zeros_like"), _made(zeros)),
+    **dict.fromkeys(LIKE - {"new_tensor"}, _made(make)),
     # each element of the result is an element of an argument
     **dict.fromkeys((
         "T", "__getitem__", "broadcast_to", "cat", "channel_shuffle", "chunk", "concat", "concatenate", "dsplit",

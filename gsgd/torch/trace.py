@@ -1,9 +1,9 @@
 """From a PyTorch module to `gsgd.Network`.
 
-The module is copied to the meta device (shapes, no values) and run once on inputs without values, while every torch
-function is observed. Each value carries an integer array of its own shape: the network's node of every element.
-Whatever moves elements about (reshape, permute, cat, slices, channel shuffles) then moves the nodes about in just the
-same way, and a layer reads its columns' nodes off its input (`gsgd.trace.nodes`).
+A copy of the module is run (`gsgd.torch.follow`), while every torch function is observed. Each value carries an integer
+array of its own shape: the network's node of every element. Whatever moves elements about (reshape, permute, cat,
+slices, channel shuffles) then moves the nodes about in just the same way, and a layer reads its columns' nodes off its
+input (`gsgd.trace.nodes`).
 
 Three rules make it safe. An operation that is not known to be positively homogeneous pins every unit that it reads.
 A parameter is described only if the whole forward pass reads it once, and a layer does. What a value overwrites in
@@ -13,6 +13,7 @@ place becomes one unit with it.
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -20,32 +21,14 @@ import torch
 from torch import Tensor, nn
 
 from gsgd.network import BatchNormMode, Network, Residual
-from gsgd.torch.follow import (
-    OUT_OF_SIGHT,
-    Follow,
-    arguments,
-    copy_without_values,
-    count_reads,
-    is_continuous,
-    name_of,
-    output_tensors,
-    own_tensors,
-    tensors_in,
-    unwrap,
-)
+from gsgd.torch.follow import OUT_OF_SIGHT, Follow, arguments, name_of, output_tensors, own_tensors, unwrap
+from gsgd.torch.record import Recording, record
 from gsgd.torch.rules import find_rule
+from gsgd.torch.values import Kind, is_continuous, storage_of, tensors_in
 from gsgd.trace.names import match
 from gsgd.trace.nodes import Algebra, Nodes, NotUnderstood, along, expanded
 from gsgd.trace.rules import Operand
 from gsgd.trace.weights import weight_view
-
-# fmt: off
-# what they draw differs from pass to pass
-DRAWING = {
-    "bernoulli", "binomial", "cauchy", "exponential", "geometric", "log_normal", "multinomial", "normal", "poisson",
-    "rand", "rand_like", "randint", "randint_like", "randn", "randn_like", "random", "randperm", "uniform",
-}
-# fmt: on
 
 
 def trace(
@@ -55,43 +38,51 @@ def trace(
     batch_norm: BatchNormMode = "exact",
     leave_out: str | Iterable[str] = (),
     pin_after: str | Iterable[str] = (),
+    prefix: str = "",
 ) -> Network:
     """Describe `model` as a `gsgd.Network`, with parameters under their ``named_parameters()`` names.
 
-    Neither the model (weights, buffers, training flags) nor the random state changes. The forward pass is followed
-    in training mode, without values. Anything that is not understood pins the units that meet it, and
-    ``print(net)`` shows the reason: the operation and the module. It also lists the parameters that are not described,
-    with what reads them; they are left out of the network. Frozen ones (``requires_grad=False``) are described like
-    others, since the symmetry holds.
+    Neither the model (weights, buffers, training flags) nor the random state changes, nor do lists and the like that
+    hooks of its modules fill: they run on copies. The forward pass is followed in training mode, and without values of
+    weights and real inputs as long as that will do; integers, buffers and constants have theirs. Anything that is not
+    understood pins the units that meet it, and ``print(net)`` shows the reason: the operation and the module. It also
+    lists the parameters that are not described, with what reads them; they are left out of the network. Frozen ones
+    (``requires_grad=False``) are described like others, since the symmetry holds.
 
     Parameters
     ----------
     model : nn.Module
     example_inputs : tensor, tuple of positional or dict of keyword arguments, optional
-        Only shapes and dtypes are used. Without it, inputs of common sizes are tried: ``(2, in_features)`` or
-        ``(2, in_channels, size, ...)``, as the model's first layer reads.
+        Their real numbers matter only where the model asks for them, to branch, say. Without it, inputs of common sizes
+        are tried: ``(2, in_features)`` or ``(2, in_channels, size, ...)``, as the model's first layer reads.
     residual : {"tie", "pin"}
         What additions do to the units they add; see `Network.add`.
     batch_norm : {"exact", "paper", "released"}
         See `Network.batch_norm`.
     leave_out : str or iterable of str
         Names of parameters or of modules whose parameters take plain steps; the units that meet them are pinned. A
-        convolution that is left out takes raw gradients whatever `batch_norm` is.
+        convolution that is left out takes raw gradients whatever `batch_norm` is. A module that is left out may branch
+        on real values.
     pin_after : str or iterable of str
         Names of modules whose outputs are pinned: chains end there. With ``("layer1", "layer2")`` every stage of a
         residual network has chains of its own.
+    prefix : str
+        Of the parameters' names in the network: ``trace(model.backbone, x, prefix="backbone.")`` describes a part of
+        a model, for an optimizer of the whole. What is outside takes plain steps.
 
     Warns
     -----
     UserWarning
-        A trainable parameter was not read, and is not in `leave_out`.
+        A trainable parameter was not read, and is not in `leave_out`. Or the model asks for real values, to branch
+        on them, say: those of a run on the example inputs are taken, and the lines that asked are named.
 
     Raises
     ------
     ValueError
         `leave_out` or `pin_after` names nothing. Or:
-        The forward pass cannot be followed: it fails on the inputs, it branches on a tensor's values, or a value is
-        made out of sight (TorchScript, an extension). The message names the module and the operation.
+        The forward pass cannot be followed: it fails on the inputs, it asks for values that a model or inputs on the
+        meta device lack, or a value is made out of sight (TorchScript, an extension). The message names the operation,
+        the module and the line.
         Or the model can't be copied, or its forward reads the original's parameters (by a closure).
     TypeError
         `model` is no module, or returns what can't be looked into.
@@ -99,34 +90,47 @@ def trace(
     Notes
     -----
     What is seen is one forward pass: not a penalty on weights in the loss, not values that a hook keeps elsewhere,
-    not the other branch of a choice that Python made (by a random number, say). Indices that torch draws in the pass
-    pin what they select, unless they select among samples or positions; those of Python and NumPy are taken as fixed.
+    not the other branch of a choice that Python made (by a random number, say). Indices that differ from pass to pass
+    (of integer inputs, computed, or drawn by torch) pin what they select, unless they select among samples or
+    positions; those of Python and NumPy are taken as fixed.
+
+    A hook on the gradient of a weight is not seen, either. Where it masks entries, the others of its units move: the
+    masked ones follow, so that the function depends on them as before. `leave_out` freezes them.
     """
     if residual not in ("tie", "pin"):
         raise ValueError(f"residual {residual!r}: expected 'tie' or 'pin'")
     if batch_norm not in ("exact", "paper", "released"):
         raise ValueError(f"batch_norm {batch_norm!r}: expected 'exact', 'paper' or 'released'")
     inner, names = unwrap(model)
-    ghost, parameters = copy_without_values(inner, names)
     left_out = match(leave_out, names.values(), "leave_out")
     ends = {pin_after} if isinstance(pin_after, str) else set(pin_after)
     outer = {id(module): name for name, module in model.named_modules()}
     match(ends, outer.values(), "pin_after")
-    ends = {name for name, module in inner.named_modules() if outer[id(module)] in ends}
-    given = arguments(example_inputs) if example_inputs is not None else None
-    args, kwargs, reads = count_reads(ghost, given, {id(p) for p in inner.parameters()})
-    describe = _Describe(residual, batch_norm, parameters, reads, ends)
-    describe.follow(ghost, args, kwargs)
-    alone, ids = set(parameters.values()), {name: i for i, name in parameters.items()}
+    modules = {name: outer[id(module)] for name, module in inner.named_modules()}
+    recording = record(
+        inner,
+        {name: prefix + own for name, own in names.items()},
+        arguments(example_inputs) if example_inputs is not None else None,
+        {name for name, own in modules.items() if own and _is_left_out(own, names.values(), left_out)},
+    )
+    describe = _Describe(recording, residual, batch_norm, {name for name, own in modules.items() if own in ends})
+    left_out = [prefix + name for name in left_out]
     net = describe.net.without([name for name in left_out if name in describe.net.shapes], "left out")
     net.add_plain(left_out, "left out")
-    for name in names.values():
+    alone = {name: i for i, name in recording.parameters.items()}
+    for name in (prefix + own for own in names.values()):
         if name not in net.shapes:
             read = describe.reasons.get(name, "not read by the forward pass")
             net.add_plain([name], read if name in alone else "shares its memory with another")
-    trained = {name for name, p in model.named_parameters() if p.requires_grad} - set(left_out)
-    warn_of_unread([name for name in parameters.values() if name in trained and reads[ids[name]] == 0])
+    trained = {prefix + name for name, p in model.named_parameters() if p.requires_grad} - set(left_out)
+    warn_of_unread([name for name, i in alone.items() if name in trained and recording.reads[i] == 0])
     return net
+
+
+def _is_left_out(module: str, names: Iterable[str], left_out: Collection[str]) -> bool:
+    """Whether all of its parameters are."""
+    own = [name for name in names if name.startswith(f"{module}.")]
+    return bool(own) and all(name in left_out for name in own)
 
 
 def warn_of_unread(names: Sequence[str]) -> None:
@@ -146,32 +150,34 @@ class _Describe(Follow):
     """Builds a network by the algebra `on`."""
 
     def __init__(
-        self,
-        residual: Residual,
-        batch_norm: BatchNormMode,
-        parameters: Mapping[int, str],
-        reads: Mapping[int, int],
-        ends: Collection[str],
+        self, recording: Recording, residual: Residual, batch_norm: BatchNormMode, ends: Collection[str]
     ) -> None:
-        super().__init__()
+        super().__init__(recording.real)
         self.on, self.batch_norm = Algebra(residual), batch_norm
         self.net = self.on.net
-        self.parameters, self.reads, self.ends = parameters, reads, ends
+        self.parameters, self.reads, self.live = recording.parameters, recording.reads, recording.live
+        self.ends = ends
+        self.calls = 0
         self.known: dict[int, tuple[Tensor, Nodes]] = {}  # id -> the value, kept alive, and its nodes
-        self.drawn: set[int] = set()  # ids of what was made of random numbers
+        self.values_in: Counter[int] = Counter()  # storage -> how many values that are known lie in it
         self.views: dict[int, Tensor] = {}  # id of a view -> its parameter
         self.reasons: dict[str, str] = {}  # of parameters: what reads them first
+        self.follow(recording.ghost, *recording.inputs)
 
     # values
 
     def nodes(self, t: Tensor) -> Nodes:
         if id(t) in self.known:
             return self.known[id(t)][1]
-        if t.is_meta:
+        if self.kind(t) is Kind.REAL:
             raise ValueError(OUT_OF_SIGHT)
-        zero = is_continuous(t) and t.numel() > 0 and not t.any()
-        self.known[id(t)] = (t, self.on.zero(t.shape) if zero else self.on.fill(t.shape))
+        self.know(t, self.constant(t))
         return self.known[id(t)][1]
+
+    def constant(self, t: Tensor) -> Nodes:
+        """The nodes of a value that depends on no feature."""
+        zero = is_continuous(t) and self.kind(t) is Kind.FIXED and not t.is_meta and t.numel() > 0 and not t.any()
+        return self.on.zero(t.shape) if zero else self.on.fill(t.shape)
 
     def operand(self, value: Any) -> Operand:
         """A tensor or a number."""
@@ -188,21 +194,24 @@ class _Describe(Follow):
         if id(p) in self.parameters:
             self.views.update((id(view), p) for view in views if view._base is p)
 
-    def know(self, t: Tensor, nodes: Nodes) -> None:
-        if id(t) in self.known:  # made in place: what views of it were taken to be must stay true
+    def know(self, t: Tensor, nodes: Nodes, anew: bool = False) -> None:
+        if id(t) not in self.known:
+            self.values_in[storage_of(t)] += 1
+        elif not anew:  # made in place: what views of it were taken to be must stay true
             before = self.known[id(t)][1]
             if before.shape == nodes.shape:
                 self.on.tie(before, nodes)
         self.known[id(t)] = (t, expanded(nodes))
 
-    def start(self, t: Tensor) -> Tensor:
-        t = super().start(t)
+    def start(self, t: Tensor) -> None:
+        super().start(t)
         dim = min(1, t.ndim - 1)
         self.know(t, along(self.net.input(t.shape[dim] if t.ndim else 1).per_feature, dim, t.shape))
-        return t
 
     def enter(self, tensors: list[Tensor]) -> None:
-        self.known.update((id(t), (t, self.on.fill(t.shape))) for t in tensors)
+        super().enter(tensors)
+        for t in tensors:
+            self.know(t, self.constant(t))
 
     def leave(self, name: str, out: Any) -> None:
         super().leave(name, out)
@@ -220,7 +229,7 @@ class _Describe(Follow):
 
     def described(self, t: Any) -> str | None:
         """The name under which a parameter can be described: nothing else may read it."""
-        return self.parameters[id(t)] if id(t) in self.parameters and self.reads[id(t)] == 1 else None
+        return self.parameters[id(t)] if id(t) in self.parameters and not self.why_not_described(t) else None
 
     def weight(self, t: Any) -> str:
         name = self.described(t)
@@ -233,28 +242,43 @@ class _Describe(Follow):
     def why_not_described(self, t: Any) -> str:
         """Why a parameter, or a view of one, can't be described; nothing for others and for those that can."""
         p = self.views.get(id(t), t)
-        if id(p) not in self.parameters or self.described(p) is not None:
+        if id(p) not in self.parameters:
             return ""
-        return f"its weight {self.parameters[id(p)]} is read {self.reads[id(p)]} times"
+        what = f"its weight {self.parameters[id(p)]} is"
+        if not p.is_floating_point():
+            return f"{what} not of real numbers"
+        return f"{what} read {self.reads[id(p)]} times" if self.reads[id(p)] != 1 else ""
 
     # operations
 
+    def is_next_live(self) -> bool:
+        self.calls += 1
+        return self.calls - 1 in self.live
+
+    def ask(self, func: Callable[..., Any], args: Any, kwargs: Any, out: Any) -> Any:
+        if self.is_next_live():
+            for t in tensors_in((args, kwargs)):
+                self.on.pin(self.nodes(t), f"{self.current}: its value is used")
+        return out
+
     def see(self, func: Callable[..., Any], args: Any, kwargs: Any, out: Any) -> None:
+        if not self.is_next_live():
+            return
         reads = [t for t in tensors_in((args, kwargs)) if is_continuous(t)]
         results = [t for t in tensors_in(out) if is_continuous(t)]
         reason = self.current
-        if name_of(func).strip("_") in DRAWING or any(id(t) in self.drawn for t in tensors_in((args, kwargs))):
-            self.drawn.update(id(t) for t in tensors_in((out, args[:1] if out is None else ())))
+        # zeros that nothing else views scale as what is written to them
+        anew = {id(t) for t in reads if self.on.is_zero(self.nodes(t)) and self.values_in[storage_of(t)] == 1}
         try:
             if not torch.is_grad_enabled():
                 raise NotUnderstood("without gradients")
             if kwargs.get("out") is not None:
                 raise NotUnderstood("out=")
-            made = self.describe(func, args, kwargs, out)
+            made = self.describe(func, args, kwargs, out, reads, results)
             nodes = list(made) if isinstance(made, tuple | list) else [made]
             if [n.shape for n in nodes] != [t.shape for t in results]:
                 raise NotUnderstood("an unexpected result")
-            if name_of(func).endswith("_") and isinstance(args[0], Tensor) and nodes[0] is not self.nodes(args[0]):
+            if name_of(func).endswith("_") and results and nodes[0] is not self.nodes(args[0]):
                 self.on.overwrite(self.nodes(args[0]))
         except NotUnderstood as why:
             reason = f"{self.current}: {why}".removesuffix(": ")
@@ -266,12 +290,17 @@ class _Describe(Follow):
             if id(p) in self.parameters and not (results and all(id(t) in self.views for t in results)):
                 self.reasons.setdefault(self.parameters[id(p)], reason)
         for t, n in zip(results, nodes, strict=True):
-            self.know(t, n)
+            self.know(t, n, id(t) in anew)
         for t in tensors_in(out):
             self.known.setdefault(id(t), (t, self.on.fill(t.shape)))  # indices and masks
 
-    def describe(self, func: Callable[..., Any], args: Any, kwargs: Any, out: Any) -> Any:
+    def describe(
+        self, func: Callable[..., Any], args: Any, kwargs: Any, out: Any, reads: list[Tensor], results: list[Tensor]
+    ) -> Any:
         """The nodes of what `func` returns (of its real or complex tensors)."""
+        memory = {storage_of(t) for t in reads}
+        if all(self.kind(t) is Kind.FIXED and storage_of(t) not in memory for t in results) and results:
+            return [self.constant(t) for t in results]
         rule = find_rule(name_of(func))
         if rule is None:
             raise NotUnderstood

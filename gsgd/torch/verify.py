@@ -17,15 +17,9 @@ from torch.utils._pytree import tree_map_only
 
 from gsgd.network import Network
 from gsgd.symmetry import Arrays, Probe, check, perturbed, random_states, seeded
-from gsgd.torch.follow import (
-    arguments,
-    copy_model,
-    is_continuous,
-    kept_random_states,
-    output_tensors,
-    tensors_in,
-    unwrap,
-)
+from gsgd.torch.follow import arguments, copy_model, kept_random_states, output_tensors, unwrap
+from gsgd.torch.memory import copy_converted, isolated_global_hooks
+from gsgd.torch.values import is_continuous, tensors_in
 
 _SEEDS = 8  # that are tried of a model that draws random numbers
 
@@ -107,11 +101,17 @@ class _Copy:
             for name, w in weights.items():
                 parameters[self.inner[name]].copy_(torch.as_tensor(w))
         watch = _Widen(self.originals)
-        with kept_random_states(), seeded(seed), torch.compiler.set_stance("force_eager"), _in_double(watch):
+        with (
+            kept_random_states(),
+            isolated_global_hooks(),
+            seeded(seed),
+            torch.compiler.set_stance("force_eager"),
+            _in_double(watch),
+        ):
             torch.manual_seed(seed)
             before = _states()
             try:
-                args, kwargs = tree_map_only(Tensor, _double, self.inputs)
+                args, kwargs = copy_converted(self.inputs, _double)
                 out = model(*args, **kwargs)
             except _ReadsOriginal as error:
                 raise ValueError(str(error)) from None

@@ -116,7 +116,7 @@ def compare(on: Algebra, a: Nodes, b: Nodes) -> Nodes:
     """No rescaling changes on which side of 0 a value is, nor which of two values of one unit is the larger."""
     p, q = pair(a, b)
     x, y = compact(p, q)
-    if not (on.is_zero(x) or on.is_zero(y) or (x == y).all()):
+    if not (on.is_zero(x) or on.is_zero(y) or on.net.nodes.are_tied(x, y).all()):
         raise NotUnderstood
     return on.fill(p.shape)
 

@@ -11,12 +11,24 @@ from torch import Tensor
 from gsgd.coordinates import Coordinates
 from gsgd.network import Network
 from gsgd.torch.engines.array import ArrayEngine
-from gsgd.torch.engines.base import Engine, EngineName, Tensors
+from gsgd.torch.engines.base import Engine, EngineName, Tensors, Unsupported, as_real
 from gsgd.torch.engines.core import CoreEngine
+from gsgd.torch.engines.sharded import ShardedEngine
+from gsgd.torch.shards import is_sharded
 
-__all__ = ["ArrayEngine", "CoreEngine", "Engine", "EngineName", "EngineOption", "Tensors", "check_engine", "choose"]
+__all__ = [
+    "ArrayEngine",
+    "CoreEngine",
+    "Engine",
+    "EngineName",
+    "EngineOption",
+    "Tensors",
+    "as_real",
+    "check_engine",
+    "choose",
+]
 
-EngineOption = Literal["auto"] | EngineName
+EngineOption = Literal["auto", "core", "array", "triton"]
 
 
 def check_engine(engine: EngineOption) -> EngineOption:
@@ -38,22 +50,36 @@ def choose(
     ValueError
         The parameters are on several devices, or the engine can't take them: it says why.
     """
+    if any(map(is_sharded, tensors.values())):
+        if engine != "auto":
+            raise ValueError(f"engine: expected 'auto' for sharded parameters, got {engine!r}")
+        return ShardedEngine(net, coordinates, tensors)
     devices = {p.device for p in tensors.values()}
     if len(devices) > 1:
         raise ValueError(f"expected all parameters on one device, got {sorted(map(str, devices))}")
-    if engine == "triton":
-        raise ValueError("engine 'triton': is not available yet; use 'auto'")
+    why = None
+    if engine == "triton" or (engine == "auto" and devices == {torch.device("cuda", d.index) for d in devices}):
+        try:
+            from gsgd.torch.engines.triton import TritonEngine
+
+            return TritonEngine(net, coordinates, tensors)
+        except (ImportError, Unsupported) as error:
+            why = f"triton {error}"
+            if engine == "triton":
+                raise ValueError(f"engine 'triton': {error}") from None
     outside = _outside_of_core(tensors)
     if engine == "core" and outside is not None:
         raise ValueError(f"engine 'core': takes float32 and float64 parameters on the CPU, {outside}")
     if engine == "array" or outside is not None:
-        return ArrayEngine(net, coordinates, tensors)
+        found = ArrayEngine(net, coordinates, tensors)
+        found.why = why
+        return found
     return CoreEngine(net, coordinates, tensors, plan)
 
 
 def _outside_of_core(tensors: Mapping[str, Tensor]) -> str | None:
     """Why the C core can't take the tensors."""
     for name, p in tensors.items():
-        if p.device != torch.device("cpu") or p.dtype not in (torch.float32, torch.float64):
+        if p.device != torch.device("cpu") or as_real(p).dtype not in (torch.float32, torch.float64):
             return f"{name!r} is of {p.dtype} on {p.device}"
     return None

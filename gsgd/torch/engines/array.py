@@ -43,7 +43,7 @@ class ArrayEngine(Engine):
 
         number = {name: i for i, name in enumerate(tensors)}
         blocks = [(number[b.name], b) for b in net.blocks]
-        shapes = [tuple(p.shape) for p in self.params]
+        shapes = [tuple(p.shape) for p in self.aliases]
         self.layout = convert(layout(net.num_units, shapes, blocks, *coordinates.edges), asarray)
         self.in_edges = coordinates.in_edges
         self.scale = stages.Scale.of(asarray, *coordinates.scale)
@@ -81,3 +81,4 @@ class ArrayEngine(Engine):
                     torch.where(finite, x, old, out=old)
         stats.steps += 1
         stats.clamped = stats.clamped + torch.where(finite, solution.clamped, 0)  # type: ignore[assignment]
+        stats.skipped = stats.skipped + torch.where(finite, 0, 1)  # type: ignore[assignment]

@@ -13,19 +13,31 @@ from gsgd.network import Network
 from gsgd.optimizer import Stats
 
 Tensors: TypeAlias = list[Tensor | None]
-EngineName = Literal["core", "array", "triton"]
+EngineName = Literal["core", "array", "triton", "sharded"]
+
+
+def as_real(t: Tensor) -> Tensor:
+    """A view of a complex tensor's real and imaginary parts, (..., 2), as torch's optimizers step on; or `t`."""
+    return torch.view_as_real(t.resolve_conj()) if t.is_complex() and t.layout is torch.strided else t
+
+
+class Unsupported(ValueError):
+    """Why an engine can't take these parameters."""
 
 
 class Engine:
-    """The parameters in the order of `tensors`, with tensors that share their memory as it is now."""
+    """The parameters in the order of `tensors`, with real tensors that share their memory as it is now."""
 
     name: ClassVar[EngineName]
+    why: str | None = None  # why it is not the faster one that was tried first
+    steps_taken: list[Tensor] | None = None  # by every parameter, where the device counts them
 
     def __init__(self, net: Network, tensors: Mapping[str, Tensor]) -> None:
         self.net = net
         self.names = list(tensors)
         self.params = list(tensors.values())
-        self.aliases = [p.detach() for p in self.params]
+        self.aliases = [as_real(p.detach()) for p in self.params]
+        self.has_complex = any(p.is_complex() for p in self.params)
         # these follow a unit which is rescaled, even where they have no gradient
         follow = {b.name for b in net.blocks if (b.cols >= 0).any()}
         self.following = [name in follow for name in tensors]
@@ -33,11 +45,16 @@ class Engine:
 
     def is_current(self) -> bool:
         """Whether the parameters still have the same storage, offset, shape and strides."""
-        return all(map(Tensor.is_set_to, self.params, self.aliases))
+        now = map(as_real, self.params) if self.has_complex else self.params
+        return all(map(Tensor.is_set_to, now, self.aliases))
+
+    def as_reals(self, tensors: Tensors) -> Tensors:
+        """Gradients or moments as the engine takes them."""
+        return [None if t is None else as_real(t) for t in tensors] if self.has_complex else tensors
 
     def checked(self, gradients: Tensors) -> Tensors:
         """Gradients that are dense, and of their parameters' dtypes and shapes."""
-        for name, p, g in zip(self.names, self.params, gradients, strict=True):
+        for name, p, g in zip(self.names, self.aliases, gradients, strict=True):
             if g is None:
                 continue
             if g.layout is not torch.strided or g.dtype != p.dtype:
@@ -62,7 +79,7 @@ class Engine:
         Parameters
         ----------
         gradients, moments
-            In the order of `params`; None where a parameter has none.
+            Real, in the order of `params`; None where a parameter has none.
         methods, which
             Methods with their hyperparameters, and which of them is that of each parameter.
         limits

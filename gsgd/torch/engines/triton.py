@@ -1,0 +1,456 @@
+"""The engine of CUDA devices: a step in three launches of Triton's kernels per dtype."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+from numpy.typing import NDArray
+from torch import Tensor
+
+from gsgd.coordinates import Coordinates
+from gsgd.layout import IN, OUT, Layout, layout, lines
+from gsgd.methods import Method
+from gsgd.network import Network
+from gsgd.optimizer import Stats
+from gsgd.torch.engines import triton_kernels as kernels
+from gsgd.torch.engines.base import Engine, Tensors, Unsupported
+
+TYPES = {
+    torch.float64: tl.float64,
+    torch.float32: tl.float32,
+    torch.bfloat16: tl.bfloat16,
+    torch.float16: tl.float16,
+}
+REACH = kernels.INT_MAX.value
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """How work is cut into programs; no result depends on `programs`.
+
+    Attributes
+    ----------
+    lines, positions : int
+        The extents of a tile.
+    fewest, most, runs : int
+        A program of gather sums over a run of tiles: at least and at most so many. Within these bounds, the lines or
+        positions of a sheet make `runs` runs.
+    units, parts : int
+        Units of a program of solve, and how many sums of each it reads at once.
+    programs : int
+        The most programs of apply.
+    """
+
+    lines: int = 16
+    positions: int = 128
+    fewest: int = 8
+    most: int = 64
+    runs: int = 16
+    units: int = 64
+    parts: int = 16
+    programs: int = 2048
+
+    def span(self, extent: int, step: int) -> int:
+        """How much of an extent a run covers, tiles being `step` apart."""
+        return step * min(self.most, max(self.fewest, _ratio_up(extent, step * self.runs)))
+
+
+@dataclass(frozen=True)
+class Launch:
+    """The tiles of gather and of apply, from first to last, in which the arrays of a dtype are."""
+
+    dtype: torch.dtype
+    gather: tuple[int, int]
+    apply: tuple[int, int]
+
+
+@dataclass(frozen=True, eq=False)
+class Tables:
+    """What the kernels read, of a network and the memory of its weights; `kernels` says more.
+
+    Attributes
+    ----------
+    launches : list of Launch
+        One per dtype.
+    kinds : list of int
+        For every array its dtype's place in `types`, the dtypes of tree edges; -1 where it has none.
+    parts : int
+        How many sums gather finds.
+    """
+
+    launches: list[Launch]
+    types: list[torch.dtype]
+    kinds: list[int]
+    parts: int
+    sheets: Tensor
+    ids: Tensor
+    gather_tiles: Tensor
+    apply_tiles: Tensor
+    links: Tensor
+    places: Tensor
+    scale: Tensor
+    part_first: Tensor
+    part_of: Tensor
+
+    @property
+    def nbytes(self) -> int:
+        return sum(x.nbytes for x in vars(self).values() if isinstance(x, Tensor))
+
+
+def tables(net: Network, coordinates: Coordinates, params: Mapping[str, Tensor], tiling: Tiling) -> Tables:
+    """The tables of parameters, on their device.
+
+    Raises
+    ------
+    Unsupported
+        A parameter does not lie in memory line by line.
+    """
+    units, number = net.num_units, {name: i for i, name in enumerate(params)}
+    shapes = [tuple(p.shape) for p in params.values()]
+    t = layout(units, shapes, [(number[b.name], b) for b in net.blocks], *coordinates.edges)
+    ids: list[NDArray[np.int32]] = [np.zeros(0, np.int32)]
+    edges = np.full((2, len(t.owner) + 1), -1, dtype=np.int64)  # the array of every tree edge, and its place there
+    by_dtype: dict[torch.dtype, list[kernels.Sheet]] = {p.dtype: [] for p in params.values()}
+    for i, (name, p) in enumerate(params.items()):
+        if p.numel():
+            by_dtype[p.dtype] += _sheets(t, i, name, p, ids, edges, 8 * tiling.positions)
+
+    all_ids = np.concatenate(ids)
+    launches = []
+    sheets: list[kernels.Sheet] = []
+    gather_tiles: list[int] = []
+    apply_tiles: list[int] = []
+    owners = [np.zeros(0, np.int64)]  # of the sums of gather: the chain root of the unit that is left
+    parts = 0
+    for dtype, pieces in by_dtype.items():
+        first = len(gather_tiles), len(apply_tiles)
+        for s in pieces:
+            by_line = s.line_cols >= 0
+            sums = by_line or s.position_cols >= 0
+            extent, step, across, width = s.lines, tiling.lines, s.length, tiling.positions
+            if by_line:
+                extent, step, across, width = across, width, extent, step
+            span = tiling.span(extent, step)
+            runs = _ratio_up(extent, span)
+            along = kernels.NO_SUM if not sums else kernels.ALONG_POSITIONS if by_line else kernels.ALONG_LINES
+            cut = s._replace(
+                along=along.value,
+                span=span,
+                part=parts,
+                first_gather=len(gather_tiles),
+                first_apply=len(apply_tiles),
+                wide=all(n * dtype.itemsize % 16 == 0 for n in (s.start, s.stride, s.length)),
+            )
+            gather_tiles += [len(sheets)] * (runs * _ratio_up(across, width))
+            apply_tiles += [len(sheets)] * (_ratio_up(s.lines, tiling.lines) * _ratio_up(s.length, tiling.positions))
+            sheets.append(cut)
+            if sums:
+                table = s.line_cols if by_line else s.position_cols
+                owners.append(np.tile(t.root[all_ids[table : table + across]], runs))
+                parts += runs * across
+        if len(gather_tiles) > first[0]:
+            launches.append(Launch(dtype, (first[0], len(gather_tiles)), (first[1], len(apply_tiles))))
+
+    array, place = edges[0][t.edge], np.maximum(edges[1][t.edge], 0)
+    of_array = list(params.values())
+    types = list(dict.fromkeys(of_array[i].dtype for i in np.unique(array[array >= 0]))) or [of_array[0].dtype]
+    kinds = [types.index(p.dtype) if p.dtype in types else -1 for p in of_array]
+    sizes, addresses, all_kinds = (  # the last are for units without an edge
+        np.array([*x, last], dtype=np.int64)
+        for x, last in (
+            ([p.element_size() for p in of_array], 0),
+            ([p.data_ptr() for p in of_array], 0),
+            (kinds, -1),
+        )
+    )
+    owner = np.concatenate(owners)
+    order = np.argsort(owner, kind="stable")
+    part_first = np.searchsorted(owner[order], np.arange(units + 2))
+    part_first[-1] = part_first[-2]  # what leaves pinned ends is not summed
+    device = of_array[0].device
+
+    def put(table: Any, dtype: torch.dtype) -> Tensor:
+        return torch.from_numpy(np.append(table, 0)).to(dtype).to(device)  # not empty
+
+    return Tables(
+        launches=launches,
+        types=types,
+        kinds=kinds,
+        parts=parts,
+        sheets=put(sheets, torch.int64),
+        ids=put(all_ids, torch.int32),
+        gather_tiles=put(gather_tiles, torch.int32),
+        apply_tiles=put(apply_tiles, torch.int32),
+        links=put(
+            [*t.end, t.root, np.where(t.chain, array[IN], -1), array[OUT], *all_kinds[array]],
+            torch.int32,
+        ),
+        places=put([*place, *(addresses[array] + place * sizes[array])], torch.int64),
+        scale=put([np.append(x, 1.0) for x in coordinates.scale], torch.float64),
+        part_first=put(part_first, torch.int32),
+        part_of=put(order[: part_first[-1]], torch.int32),
+    )
+
+
+def _sheets(
+    t: Layout, number: int, name: str, p: Tensor, ids: list[NDArray[np.int32]], edges: NDArray[np.int64], fold: int
+) -> Iterator[kernels.Sheet]:
+    """An array's sheets; adds their units to `ids` and their tree edges to `edges`."""
+    if t.arrays[number].rows is None and t.arrays[number].cols is None and _is_dense(p):
+        full, rest = divmod(p.numel(), fold)
+        if full:
+            yield from _pieces(kernels.Sheet(number, 0, full, fold, fold))
+        if rest:
+            yield kernels.Sheet(number, full * fold, 1, rest, 0)
+        return
+    parts = lines(t, number, p.stride())
+    if parts is None or any(part.shape[1] > 1 and part.strides[1] != 1 for part in parts):
+        raise Unsupported(f"parameter {name!r}, of strides {p.stride()}, does not lie in memory line by line")
+    units = len(t.root) - 1
+    for part in parts:
+        of_edge, line, position = part.edges.astype(np.int64)
+        edges[0, of_edge] = number
+        edges[1, of_edge] = part.start + line * part.strides[0] + position * part.strides[1]
+        at = {}
+        for side, table, axis in (("rows", part.rows, part.row_axis), ("cols", part.cols, part.col_axis)):
+            if (table < units).any():
+                at[f"{('line', 'position')[axis]}_{side}"] = sum(map(len, ids))
+                ids.append(table)
+        n, length = part.shape
+        sheet = kernels.Sheet(number, part.start, n, length, part.strides[0] if n > 1 else 0)
+        yield from _pieces(sheet._replace(**at))
+
+
+def _pieces(sheet: kernels.Sheet) -> Iterator[kernels.Sheet]:
+    """The same in sheets whose entries a kernel can count."""
+    most = max(1, (REACH - sheet.length) // max(1, sheet.stride))
+    for first in range(0, sheet.lines, most):
+        yield sheet._replace(
+            start=sheet.start + first * sheet.stride,
+            lines=min(most, sheet.lines - first),
+            line_rows=sheet.line_rows + first if sheet.line_rows >= 0 else -1,
+            line_cols=sheet.line_cols + first if sheet.line_cols >= 0 else -1,
+        )
+
+
+def _is_dense(p: Tensor) -> bool:
+    """Whether entries lie side by side, in any order."""
+    expected = 1
+    for stride, extent in sorted(zip(p.stride(), p.shape, strict=True)):
+        if extent > 1 and stride != expected:
+            return False
+        expected *= extent
+    return True
+
+
+def _storage(x: Tensor) -> int:
+    return x.untyped_storage().data_ptr()
+
+
+def _ratio_up(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+class Upload:
+    """A table on the device that is written where its values have changed, without waiting for the device."""
+
+    def __init__(self, count: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.table = torch.zeros(count, dtype=dtype, device=device)
+        self.values: list[Any] = []
+        self.spare: Tensor | None = self._host()
+        self.captured: list[Tensor] = []  # CUDA graphs read these at every replay
+
+    def _host(self) -> Tensor:
+        return torch.zeros(self.table.shape, dtype=self.table.dtype, pin_memory=self.table.is_cuda)
+
+    def write(self, values: list[Any]) -> Tensor:
+        """The table, with these values."""
+        if values == self.values:
+            return self.table
+        captures = self.table.is_cuda and torch.cuda.is_current_stream_capturing()
+        # memory that a graph may read, or that a copy on its way may still read, is not written again
+        host = self.spare if captures and self.spare is not None else self._host()
+        host.copy_(torch.tensor(values, dtype=host.dtype))
+        self.table.copy_(host, non_blocking=True)
+        if captures:
+            self.captured.append(host)
+            self.spare = None
+        elif self.spare is None:
+            self.spare = self._host()
+        self.values = values
+        return self.table
+
+
+class TritonEngine(Engine):
+    """Steps by Triton's kernels on the tensors' own device, without waiting for it.
+
+    A step that is not finite is left out, and `stats.skipped` counts it. What is of 16 bits is computed with in
+    float32; the trees are in float64.
+    """
+
+    name = "triton"
+
+    def __init__(
+        self, net: Network, coordinates: Coordinates, tensors: Mapping[str, Tensor], tiling: Tiling | None = None
+    ) -> None:
+        super().__init__(net, tensors)
+        self.device = device = self.aliases[0].device
+        if device.type != "cuda" and not triton.knobs.runtime.interpret:
+            raise Unsupported(f"needs a CUDA device (or TRITON_INTERPRET=1), the parameters are on {device}")
+        if torch.version.hip is not None:
+            raise Unsupported("needs a CUDA device, not ROCm")
+        for name, p in tensors.items():
+            if p.dtype not in TYPES:
+                raise Unsupported(f"parameter {name!r} is of {p.dtype}")
+        if any(b.batch_norm for b in net.blocks):
+            raise Unsupported("batch_norm 'paper' and 'released' are left to array operations")
+        self.tiling = tiling or Tiling()
+        self.tables = t = tables(net, coordinates, dict(zip(tensors, self.aliases, strict=True)), self.tiling)
+        count, units = len(self.params), net.num_units
+        self.programs = max(1, _ratio_up(units, self.tiling.units))
+        self.tiles = max((launch.gather[1] for launch in t.launches), default=0)
+
+        def zeros(n: int, dtype: torch.dtype) -> Tensor:
+            return torch.zeros(n, dtype=dtype, device=device)
+
+        self.found = torch.ones(7, units + 1, dtype=torch.float64, device=device)
+        self.found[kernels.D.value] = 0
+        self.partial = zeros(t.parts + 1, torch.float64)
+        self.wrong = zeros(self.tiles + 1, torch.int32)
+        self.squares = zeros(self.tiles + self.programs, torch.float64)
+        self.solved = zeros(2 * self.programs, torch.int32)
+        self.clip = torch.ones(1, dtype=torch.float64, device=device)
+        self.counted = zeros(2, torch.int64)
+        self.counts = zeros(2 * count, torch.int64)
+        self.steps_taken = list(self.counts[:count].unbind())
+        self.arrays = Upload(7 * count, torch.int64, device)
+        self.rates: Upload | None = None
+        self.addresses, self.sizes = [p.data_ptr() for p in self.aliases], [p.element_size() for p in self.aliases]
+        self.storages = set(map(_storage, self.aliases))
+        self.seen: list[int] = []
+        self.shared: list[int] = []  # gradients that lie in the memory of weights
+        self.stats: Stats | None = None
+
+    def step(
+        self,
+        gradients: Tensors,
+        moments: tuple[Tensors, Tensors],
+        methods: list[Method],
+        which: list[int],
+        limits: tuple[Any, Any],
+        threads: int,
+        stats: Stats,
+    ) -> None:
+        with torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext():
+            self._follow(stats)
+            found = self._laid_out(self._apart(gradients))
+            m, v = (self._laid_out(kind) for kind in moments)
+            pointers = [[0 if x is None else x.data_ptr() for x in kind] for kind in (found, m, v)]
+            rows = (self.addresses, *pointers, which, self.tables.kinds, self.sizes)
+            arrays = self.arrays.write([n for row in rows for n in row])
+            self._launch_all(arrays, self._write_rates(methods, limits), methods, any(pointers[1]), limits[1])
+            for kind, copies in zip(moments, (m, v), strict=True):
+                for x, copy in zip(kind, copies, strict=True):
+                    if x is not None and copy is not None and copy is not x:
+                        x.copy_(copy)
+        # autograd did not see what was written
+        written = zip(self.params, gradients, self.following, strict=True)
+        torch.autograd.graph.increment_version([p for p, g, follows in written if follows or g is not None])
+        stats.steps += 1
+
+    def _follow(self, stats: Stats) -> None:
+        """From the first step on, the device counts."""
+        if self.stats is not stats:
+            self.counted.copy_(torch.tensor([int(stats.clamped), int(stats.skipped)]))
+            stats.clamped, stats.skipped = self.counted.unbind()  # type: ignore[assignment]
+            self.stats = stats
+
+    def _apart(self, gradients: Tensors) -> Tensors:
+        """Gradients that do not lie where weights are written."""
+        addresses = [0 if g is None else g.data_ptr() for g in self.checked(gradients)]
+        if addresses != self.seen:
+            self.seen = addresses
+            self.shared = [i for i, g in enumerate(gradients) if g is not None and _storage(g) in self.storages]
+        if not self.shared:
+            return gradients
+        return [g.clone() if g is not None and i in self.shared else g for i, g in enumerate(gradients)]
+
+    def _laid_out(self, tensors: Tensors) -> Tensors:
+        """Tensors that lie in memory as their parameters do: themselves, or copies."""
+        return [
+            x if x is None or (x.stride() == p.stride() and not x.is_neg()) else torch.empty_like(p).copy_(x)
+            for x, p in zip(tensors, self.aliases, strict=True)
+        ]
+
+    def _write_rates(self, methods: list[Method], limits: tuple[Any, Any]) -> Tensor:
+        """The table of rates. What is on the device already is copied there."""
+        values = list(limits)
+        for row in (m.row for m in methods):
+            values += [getattr(row, name) for name in kernels.RATES]
+        if self.rates is None or len(self.rates.table) != len(values):
+            self.rates = Upload(len(values), torch.float64, self.device)
+        there = {i: x for i, x in enumerate(values) if isinstance(x, Tensor) and x.device == self.device}
+        table = self.rates.write([0.0 if i in there else float(x) for i, x in enumerate(values)])
+        for i, x in there.items():
+            table[i].copy_(x)
+        return table
+
+    def _launch_all(self, arrays: Tensor, rates: Tensor, methods: list[Method], has_m: bool, clip_norm: Any) -> None:
+        t, size, count = self.tables, self.tiling, len(self.params)
+        clips = isinstance(clip_norm, Tensor) or math.isfinite(clip_norm)
+        method = methods[0].row.method
+        units = self.found.shape[1] - 1
+        decays = any(isinstance(m.weight_decay, Tensor) or m.weight_decay != 0 for m in methods)
+        single = any(p.dtype != torch.float64 for p in self.aliases)
+        net = (t.ids, t.links, t.places, self.found, units)
+
+        def solve(products: bool, sums: bool, ratios: bool) -> None:
+            self.launch(
+                kernels.solve, self.programs, 4, arrays, count, *net, t.scale, t.part_first, t.part_of, self.partial,
+                rates, self.counts, self.wrong, self.tiles, self.squares, self.solved, self.clip, METHOD=method,
+                HAS_M=has_m, TYPES=tuple(TYPES[d] for d in t.types), PRODUCTS=products, SUMS=sums, RATIOS=ratios,
+                CLIP=clips, SINGLE=single, UNITS=size.units, PARTS=size.parts,
+            )  # fmt: skip
+
+        if clips:
+            solve(True, False, False)
+        for launch in t.launches:
+            first, last = launch.gather
+            self.launch(
+                kernels.gather, last - first, 8, arrays, count, t.sheets, t.gather_tiles, first, *net, self.partial,
+                self.wrong, self.squares, CLIP=clips, **self._tile(launch.dtype),
+            )  # fmt: skip
+        if clips:
+            solve(False, True, False)
+        solve(not clips, not clips, True)
+        for launch in t.launches:
+            first, last = launch.apply
+            self.launch(
+                kernels.apply, min(last - first, size.programs), 8, arrays, count, t.sheets, t.apply_tiles, first, last,
+                *net, rates, self.counts, self.solved, self.programs, self.clip, self.counted, METHOD=method,
+                HAS_M=has_m, DECAYS=decays, CLIP=clips, **self._tile(launch.dtype),
+            )  # fmt: skip
+
+    def _tile(self, dtype: torch.dtype) -> dict[str, Any]:
+        real = tl.float64 if dtype == torch.float64 else tl.float32
+        size = self.tiling
+        return {
+            "TYPE": TYPES[dtype],
+            "REAL": real,
+            "LINES": size.lines,
+            "POSITIONS": size.positions,
+            "WIDTH": min(size.positions, 16 // dtype.itemsize),
+        }
+
+    @staticmethod
+    def launch(kernel: Any, programs: int, warps: int, *arguments: Any, **constants: Any) -> None:
+        """One launch. Products and sums are not fused: the same bits on every device."""
+        kernel[(programs,)](*arguments, **constants, num_warps=warps, enable_fp_fusion=False)
