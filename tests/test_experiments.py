@@ -382,7 +382,7 @@ def test_diverged_runs_are_reported_and_never_best(monkeypatch: pytest.MonkeyPat
     for name, (lr, ends) in product(METHODS, losses.items()):
         for seed, loss in enumerate(ends):
             if name != "G-SGD balanced" or lr != 0.1:  # all that it has diverged
-                rows.append(dict(zip(COLUMNS, ("k = 1", name, lr, seed, 1, loss, loss / 2, 0), strict=True)))
+                rows.append(dict(zip(COLUMNS, ("k = 1", name, lr, seed, 1, loss, loss, loss / 2, 0), strict=True)))
                 runs.append(Run("k = 1", name, lr, seed, None, replace(METHODS[name], lr_factor=1.0)))
     text = report.table(runs, rows)
     assert "| SGD, He start | diverged | 0.4 ± 0.14 | diverged | 0.1 | 20.00 ± 7.07 % |" in text

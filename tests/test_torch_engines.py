@@ -16,8 +16,9 @@ from gsgd.torch import GSGD, trace
 from gsgd.torch.engines import ArrayEngine
 
 
-def test_engines() -> None:
+def test_engines(monkeypatch: pytest.MonkeyPatch) -> None:
     """The option says which engine takes the steps, or why that can't be; printing tells."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     model = Net(torch.float32)
     named = list(model.named_parameters())
     net = trace(model, example(dtype=torch.float32))
