@@ -94,7 +94,7 @@ def train(command: str, options: argparse.Namespace, out: Path) -> str:
     out.mkdir(parents=True, exist_ok=True)
     check_settings(out / "settings.json", json.loads(json.dumps(settings)))
     rows = train_all(runs, scale.epochs, options.device, out)
-    sizes = sorted({f"{len(run.task.data.train_y):,} images of {run.task.data.name}" for run in runs})
+    sizes = sorted({f"{len(run.task.data.train_y):,} samples of {run.task.data.name}" for run in runs})
     title = f"{', '.join(sizes)}; {scale.epochs} epochs, mean of {scale.seeds} seeds, best learning rate of each method"
     if plan.x_label:
         report.against_setting(rows, plan.x_label, title, out / "figure.png")

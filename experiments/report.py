@@ -11,6 +11,7 @@ from statistics import mean, stdev
 from typing import Any
 
 from matplotlib import colormaps
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from PIL import Image
@@ -198,6 +199,13 @@ def summary(runs: Sequence[Run], rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
+def plain_numbers(panel: Axes) -> None:
+    """On a logarithmic y axis; powers of 10 alone, unless fewer than two of them are in sight."""
+    low, high = panel.get_ylim()
+    panel.yaxis.set_major_formatter("{x:g}")
+    panel.yaxis.set_minor_formatter("" if high > 10 * low else "{x:.2g}")
+
+
 def against_rate(runs: Sequence[Run], rows: Sequence[Row], path: Path) -> None:
     """Final training loss against the learning rate: mean and range over seeds, a row of panels per family."""
     final = final_rows(rows)
@@ -217,8 +225,7 @@ def against_rate(runs: Sequence[Run], rows: Sequence[Row], path: Path) -> None:
             panel.fill_between(rates, low, high, color=style["color"], alpha=0.15, linewidth=0)
         panel.set(xscale="log", yscale="log", xlabel="learning rate")
         panel.grid(alpha=0.25, which="both")
-        panel.yaxis.set_major_formatter("{x:g}")
-        panel.yaxis.set_minor_formatter("")
+        plain_numbers(panel)
         if column == 0:
             panel.set_ylabel("training loss (nats)")
             panel.legend(frameon=False, fontsize="x-small")
@@ -248,8 +255,7 @@ def against_start(runs: Sequence[Run], rows: Sequence[Row], path: Path) -> None:
         low, high = ([of(x) for x in losses] for of in (min, max))
         panel.fill_between(rates, low, high, color=colour, alpha=0.1, linewidth=0)
         panel.set(xscale="log", yscale="log", xlabel="learning rate", title=task)
-        panel.yaxis.set_major_formatter("{x:g}")
-        panel.yaxis.set_minor_formatter("")
+        plain_numbers(panel)
         panel.grid(alpha=0.25)
     for panel in panels[:, 0]:
         panel.set_ylabel("training loss (nats)")
