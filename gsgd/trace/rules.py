@@ -59,13 +59,20 @@ def _sum(on: Algebra, p: Nodes, q: Nodes, residual: Residual) -> Nodes:
 def _bias(on: Algebra, w: Weight, x: Nodes) -> Nodes:
     """A parameter that is added to `x`, as edges from a constant: rows are where `x` has several units."""
     first = x.ndim - len(w.dims)
-    rows = [first + d for d in w.long if len(w.long) == 1 or x.strides[first + d]]
+    rows = [first + d for d in w.long if len(w.long) == 1 or _has_several_units(on, x, first + d)]
     if not rows:
         raise NotUnderstood("of a constant")
     shape = [n if d in rows else 1 for d, n in enumerate(x.shape)]
     labels = range(x.ndim)
     edges = layer(on, w, labels[first:], on.fill(()), (), rows, [x.shape[d] for d in rows], "bias")
     return np.broadcast_to(edges.reshape(shape), x.shape)
+
+
+def _has_several_units(on: Algebra, x: Nodes, dim: int) -> bool:
+    """Whether units that are not pinned differ along `dim`, in which one bias for all of them would tie them."""
+    small = compact(x)[0]
+    free = np.where(on.net.nodes.is_pinned(small), -1, small)
+    return bool(((free != free.max(axis=dim, keepdims=True)) & (free >= 0)).any())
 
 
 def multiply(on: Algebra, a: Operand, b: Operand) -> Nodes:
