@@ -161,6 +161,13 @@ def test_layers_that_are_dropped(always: bool) -> None:
     assert 0 < complete < 8
 
 
+def test_a_model_that_goes_another_way_in_every_run() -> None:
+    ways = iter([torch.relu, torch.tanh, torch.relu, torch.tanh] * 3)
+    model = Call(lambda m, x: m.b(next(ways)(m.a(x))), a=nn.Linear(5, 6), b=nn.Linear(6, 2))
+    with pytest.raises(ValueError, match="two runs call other functions: the model draws"):
+        trace(model, torch.randn(4, 5))
+
+
 @pytest.mark.parametrize("data", [False, True])
 def test_weights_that_forward_changes(data: bool) -> None:
     class Normalized(nn.Linear):

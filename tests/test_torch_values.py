@@ -124,6 +124,7 @@ def with_a_view(m: Any, h: Tensor, edges: Tensor) -> Tensor:
     [
         (scattered, 12),
         (with_a_view, 0),
+        (lambda m, h, e: torch.zeros(9, 12)[3:].scatter_add_(0, e[0, :6, None].expand(-1, 12), h), 0),
         (lambda m, h, e: h.new_zeros(6, 12).index_add_(0, e[0], h[e[1]]), 12),
         (lambda m, h, e: torch.zeros(6, 12).scatter_reduce_(0, e[0, :, None].expand(-1, 12), h[e[1]], "amax"), 12),
         (lambda m, h, e: torch.zeros(6, 12).scatter_reduce_(0, e[0, :, None].expand(-1, 12), h[e[1]], "prod"), 0),
@@ -177,7 +178,7 @@ def test_without_values_there_is_no_answer() -> None:
     for model, x in ((model_of(branching).to("meta"), X), (model_of(branching), X.to("meta"))):
         with pytest.raises(ValueError, match=r"test_torch_values.py:\d+: .* trace a part .*prefix='a\.'"):
             trace(model, x)
-    assert trace(model_of(lambda m, h: h).to("meta"), X.to("meta")).num_units == 12
+    assert trace(model_of(lambda m, h: h[MASK]).to("meta"), X.to("meta")).num_units == 12  # the mask has its values
 
 
 def test_a_branch_that_goes_the_other_way_is_found_by_verify() -> None:
@@ -227,12 +228,19 @@ def test_statistics_that_are_kept_are_pinned() -> None:
 def test_what_is_written_to_a_known_tensor_is_not_known() -> None:
     """Its old zeros would make a sum of it."""
 
-    def op(m: Any, h: Tensor) -> Tensor:
+    def op(m: Any, h: Tensor, x: Tensor) -> Tensor:
         table = torch.zeros(6, 12)
-        table[:3] = torch.sigmoid(h[:3])
+        table[:3] = torch.sigmoid(x[:3, :1])
         return h + 2 * table
 
-    check(model_of(op), X, 0)
+    def by_a_view(m: Any, h: Tensor, x: Tensor) -> Tensor:
+        table = torch.zeros(6, 12)
+        view = table[:, :12]
+        table.add_(torch.sigmoid(x[:, :1]))
+        return h + view
+
+    check(model_of(op), (X, X), 0)
+    check(model_of(by_a_view), (X, X), 0)
 
 
 class Packed(nn.Module):
@@ -261,6 +269,10 @@ def test_devices_are_the_models_own_affair() -> None:
         assert h.device.type == "cpu"
         assert not h.is_meta
         table = torch.ones(12, device=torch.device("cuda")).to("cuda:1", torch.float64).cuda()
+        table = table * torch.empty(12).to(torch.device("cuda")).new_ones(12, device=torch.device("cuda"))
+        table = table + torch.Tensor.new_zeros(table, (12,), device="cuda") + torch.zeros(12).type_as(table)
+        with torch.device("cuda"):
+            table = table * torch.ones(12)
         return (h.to(table) * table).to(device="cuda", dtype=torch.float32).cpu()
 
     net = trace(model_of(op), X)

@@ -37,8 +37,10 @@ class Recording:
         Names of its parameters, by identity, that share their memory with none.
     inputs : tuple
         Positional and keyword arguments on which it runs.
+    calls : list of str
+        The functions that it calls.
     live : set of int
-        The calls, in their order, on which outputs depend, or what the model keeps.
+        Those of the calls on which outputs depend, or what the model keeps.
     reads : Counter
         How often live calls read every tensor, by identity.
     """
@@ -47,6 +49,7 @@ class Recording:
     real: bool
     parameters: dict[int, str]
     inputs: Arguments
+    calls: list[str]
     live: set[int]
     reads: Counter[int]
 
@@ -92,7 +95,7 @@ def record(model: nn.Module, names: Mapping[str, str], given: Arguments | None, 
     reads = Counter(t for i in live for t in first.calls[i].counted)
     shared = shared_parameters(model)
     parameters = {id(p): names[name] for name, p in ghost.named_parameters() if name not in shared}
-    return Recording(ghost, real, parameters, inputs, live, reads)
+    return Recording(ghost, real, parameters, inputs, first.names, live, reads)
 
 
 def _copy(model: nn.Module, real: bool) -> nn.Module:

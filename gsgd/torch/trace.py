@@ -157,7 +157,7 @@ class _Describe(Follow):
         self.net = self.on.net
         self.parameters, self.reads, self.live = recording.parameters, recording.reads, recording.live
         self.ends = ends
-        self.calls = 0
+        self.calls, self.seen = recording.calls, 0
         self.known: dict[int, tuple[Tensor, Nodes]] = {}  # id -> the value, kept alive, and its nodes
         self.values_in: Counter[int] = Counter()  # storage -> how many values that are known lie in it
         self.views: dict[int, Tensor] = {}  # id of a view -> its parameter
@@ -251,18 +251,24 @@ class _Describe(Follow):
 
     # operations
 
-    def is_next_live(self) -> bool:
-        self.calls += 1
-        return self.calls - 1 in self.live
+    def is_next_live(self, func: Callable[..., Any]) -> bool:
+        """Whether it matters, the next call: that of `func`."""
+        self.seen += 1
+        if self.calls[self.seen - 1 : self.seen] != [name_of(func)]:
+            raise ValueError(
+                "two runs call other functions: the model draws random numbers that can't be seeded, or counts its "
+                "runs. Switch that off while tracing, and trace with all layers"
+            )
+        return self.seen - 1 in self.live
 
     def ask(self, func: Callable[..., Any], args: Any, kwargs: Any, out: Any) -> Any:
-        if self.is_next_live():
+        if self.is_next_live(func):
             for t in tensors_in((args, kwargs)):
                 self.on.pin(self.nodes(t), f"{self.current}: its value is used")
         return out
 
     def see(self, func: Callable[..., Any], args: Any, kwargs: Any, out: Any) -> None:
-        if not self.is_next_live():
+        if not self.is_next_live(func):
             return
         reads = [t for t in tensors_in((args, kwargs)) if is_continuous(t)]
         results = [t for t in tensors_in(out) if is_continuous(t)]
@@ -278,8 +284,9 @@ class _Describe(Follow):
             nodes = list(made) if isinstance(made, tuple | list) else [made]
             if [n.shape for n in nodes] != [t.shape for t in results]:
                 raise NotUnderstood("an unexpected result")
-            if name_of(func).endswith("_") and results and nodes[0] is not self.nodes(args[0]):
-                self.on.overwrite(self.nodes(args[0]))
+            for t in filter(is_continuous, self.written):
+                if not nodes or nodes[0] is not self.nodes(t):
+                    self.on.overwrite(self.nodes(t))
         except NotUnderstood as why:
             reason = f"{self.current}: {why}".removesuffix(": ")
             for t in reads:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 # fmt: off
 # what they give differs from pass to pass
@@ -90,7 +90,6 @@ def is_continuous(t: Tensor) -> bool:
 
 def on_cpu(name: str, args: Any, kwargs: Any) -> tuple[Any, Any]:
     """The arguments of a call as they would be on the CPU, where all of a run takes place."""
-    args, kwargs = tree_map(lambda a: _CPU if isinstance(a, torch.device) else a, (args, kwargs))
     if kwargs.get("device") is not None:
         kwargs["device"] = _CPU
     if name == "to":
