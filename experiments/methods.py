@@ -163,15 +163,6 @@ def arrays_of(model: nn.Module) -> dict[str, NDArray[Any]]:
     return {name: p.detach().cpu().numpy() for name, p in model.named_parameters()}
 
 
-@torch.no_grad()
-def balance(model: nn.Module, net: gsgd.Network) -> None:
-    """`gsgd.balance` on whatever device the model is."""
-    arrays = arrays_of(model)
-    gsgd.balance(arrays, net)
-    for name, p in model.named_parameters():
-        p.copy_(torch.from_numpy(arrays[name]))
-
-
 def start(model: nn.Module, method: Method, images: Tensor, seed: int, rescaled: float = 0.0) -> None:
     """Set the weights of a new model, which has PyTorch's own, on the CPU.
 

@@ -14,7 +14,7 @@ from typing import IO, Any, Literal
 import torch
 import torch.nn.functional as F
 from data import Data
-from methods import Method, balance, optimizer, start
+from methods import Method, optimizer, start
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -168,7 +168,7 @@ class Training:
             self.optimizer.step()
             steps = (epoch - 1) * len(batches) + number + 1
             if self.net is not None and run.method.balance and steps % run.method.balance == 0:
-                balance(self.model, self.net)
+                gsgd.torch.balance(self.model, self.net)
 
     def row(self, epoch: int) -> Row:
         """The line of an epoch that was trained; a loss of NaN says that it diverged."""

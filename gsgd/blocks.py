@@ -73,11 +73,6 @@ class Block:
         array = xp.reshape(array, tuple(self.dims[i].extent for i in order))
         return xp.permute_dims(array, tuple(order.index(i) for i in range(6)))
 
-    def unview(self, entries: Any, xp: Any = np) -> Any:
-        """The inverse of `view`: the part of the parameter that the block covers."""
-        order, shape = self._memory_order
-        return xp.reshape(xp.permute_dims(entries, order), shape)
-
     @cached_property
     def _memory_order(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """The dims from the parameter's first axis to its last, then unused ones; the extents of the axes."""

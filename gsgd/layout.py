@@ -11,15 +11,18 @@ Units are numbered from 0. H, the number of units, stands for every pinned end: 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gsgd.blocks import PINNED, Block
+
+if TYPE_CHECKING:
+    from gsgd.network import Network
 
 Array = Any
 Edges = NDArray[np.int64]
@@ -315,6 +318,13 @@ def part(t: Layout, held: Sequence[Sequence[NDArray[np.int64]] | None]) -> Layou
         edge=of_edge[t.edge],
         sums=_sums(_owners(t.root, all_cols, owner), units),
     )
+
+
+def network_layout(net: Network, shapes: Mapping[str, Shape], in_edges: Edges, out_edges: Edges) -> Layout:
+    """The layout of a network and its trees in arrays by name, in their order; see `layout`."""
+    number = {name: i for i, name in enumerate(shapes)}
+    blocks = [(number[b.name], b) for b in net.blocks]
+    return layout(net.num_units, list(shapes.values()), blocks, in_edges, out_edges)
 
 
 @dataclass(frozen=True, eq=False)

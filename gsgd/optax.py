@@ -69,7 +69,7 @@ from numpy.typing import NDArray
 from gsgd import stages
 from gsgd.coordinates import set_to_one
 from gsgd.jax import names
-from gsgd.layout import Layout, layout
+from gsgd.layout import Layout, network_layout
 from gsgd.methods import SGD, Adam, Method, RMSprop
 from gsgd.network import Network
 from gsgd.options import MaxRatio, Options, limit
@@ -425,11 +425,9 @@ def _anchor(params: Tree, network: Network, method: str, scale: ScaleName, rule:
     network, shapes = skeleton.net, {name: np.shape(x) for name, x in leaves.items()}
     if not network.num_units:
         warnings.warn("no unit was found that can be rescaled: every step is a plain one", stacklevel=3)
-    number = {name: i for i, name in enumerate(shapes)}
-    blocks = [(number[b.name], b) for b in network.blocks]
-    found_layout = layout(network.num_units, [*shapes.values()], blocks, *skeleton.edge_arrays)
+    found_layout = network_layout(network, shapes, *skeleton.edge_arrays)
     digest = hashlib.sha256(repr(shapes).encode())
-    for _, b in blocks:
+    for b in network.blocks:
         digest.update(repr((b.name, b.dims, b.start)).encode() + b.rows.tobytes() + b.cols.tobytes())
     for edges in skeleton.edge_arrays:
         digest.update(edges.tobytes())

@@ -126,6 +126,19 @@ def _named(edges: NDArray[np.int64], blocks: Sequence[Block]) -> tuple[Edge | No
     return tuple(named)
 
 
+def _pinned(net: Network, in_edges: NDArray[np.int64]) -> list[str]:
+    """Labels of the units without an in-edge."""
+    return [net.units[u] for u in np.flatnonzero(in_edges[:, 0] < 0)]
+
+
+def warn_of_pinned(net: Network, in_edges: NDArray[np.int64], waiting: bool = False) -> None:
+    """Warn of units without an in-edge: training does not become free of their scale, or not yet."""
+    if pinned := _pinned(net, in_edges):
+        some = ", ".join(pinned[:3]) + (", ..." if len(pinned) > 3 else "")
+        how = "wait with plain steps until all their weights are non-zero" if waiting else "are pinned for good"
+        warnings.warn(f"{len(pinned)} units {how}, since no path of non-zero weights passes them: {some}", stacklevel=5)
+
+
 class Skeleton:
     """Skeleton weights of a network: an in-edge and an out-edge for every unit (the paper's section 4.1).
 
@@ -211,17 +224,11 @@ class Skeleton:
     @property
     def pinned(self) -> dict[str, str]:
         """Units of the network that the skeleton had to pin, by label, with the reason."""
-        reason = "no path of non-zero weights passes"
-        return {self.net.units[u]: reason for u in np.flatnonzero(self.edge_arrays[0][:, 0] < 0)}
+        return dict.fromkeys(_pinned(self.net, self.edge_arrays[0]), "no path of non-zero weights passes")
 
     def warn_of_pinned(self, waiting: bool = False) -> None:
         """Warn of units that the skeleton had to pin: training does not become free of their scale."""
-        if self.pinned:
-            some = ", ".join(list(self.pinned)[:3]) + (", ..." if len(self.pinned) > 3 else "")
-            how = "wait with plain steps until all their weights are non-zero" if waiting else "are pinned for good"
-            warnings.warn(
-                f"{len(self.pinned)} units {how}, since no path of non-zero weights passes them: {some}", stacklevel=4
-            )
+        warn_of_pinned(self.net, self.edge_arrays[0], waiting)
 
     @property
     def num_units(self) -> int:

@@ -37,16 +37,23 @@ class Probe:
 
 
 @contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """Python's and NumPy's random numbers start from `seed` inside, and go on afterwards as if nothing were drawn."""
+def kept_states() -> Iterator[None]:
+    """Python's and NumPy's random numbers go on afterwards as if nothing were drawn inside."""
     python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
-    random.seed(seed)
-    np.random.seed(seed % 2**32)  # noqa: NPY002
     try:
         yield
     finally:
         random.setstate(python)
         np.random.set_state(numpy)  # noqa: NPY002
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """The same, and inside they start from `seed`."""
+    with kept_states():
+        random.seed(seed)
+        np.random.seed(seed % 2**32)  # noqa: NPY002
+        yield
 
 
 def random_states() -> tuple[object, ...]:

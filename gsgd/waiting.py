@@ -9,7 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gsgd.coordinates import Coordinates
-from gsgd.layout import IN, OUT, layout
+from gsgd.entries import at_edges
+from gsgd.layout import IN, OUT, network_layout
 from gsgd.network import Network
 from gsgd.skeleton import Rule, Skeleton
 from gsgd.stages import Scale, relative
@@ -38,15 +39,11 @@ def join(
     edges = [
         np.where(ready[:, None], new, old) for new, old in zip(skeleton.edge_arrays, coordinates.edges, strict=True)
     ]
-    skeleton.replace_edges((edges[0], edges[1]), dict(arrays))
-    now = skeleton.tree_weights(arrays)
-    weights = [np.where(ready, w, old) for w, old in zip(now, coordinates.scale[:2], strict=True)]
-    number = {name: i for i, name in enumerate(arrays)}
-    blocks = [(number[b.name], b) for b in net.blocks]
-    t = layout(net.num_units, [a.shape for a in arrays.values()], blocks, edges[0], edges[1])
-    a, b = relative(
-        t, Scale.of(np.asarray, weights[IN], weights[OUT], coordinates.c), np.stack([np.append(w, 1.0) for w in now])
-    )
+    t = network_layout(net, {name: a.shape for name, a in arrays.items()}, edges[0], edges[1])
+    given = list(arrays.values())
+    now = np.where(t.edge < len(t.owner), at_edges(t, given, given).astype(np.float64)[t.edge], 1.0)
+    weights = [np.where(ready, w, old) for w, old in zip(now[:, :-1], coordinates.scale[:2], strict=True)]
+    a, b = relative(t, Scale.of(np.asarray, weights[IN], weights[OUT], coordinates.c), now)
     c = np.append(coordinates.c, 1.0)
     for tree, ahead in ((IN, a * c), (OUT, b / c)):  # the products of what follows along the tree
         end = t.end[tree, :-1]

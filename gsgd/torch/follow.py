@@ -8,7 +8,6 @@ observed operation made is an error.
 from __future__ import annotations
 
 import copy
-import random
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -16,13 +15,13 @@ from pathlib import Path
 from types import FrameType, GeneratorType
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from gsgd.symmetry import kept_states
 from gsgd.torch.memory import copy_converted, held_tensors, isolated_global_hooks
 from gsgd.torch.values import ASKING, DRAWING, LIKE, Kind, Kinds, call, is_continuous, on_cpu, tensors_in
 
@@ -76,13 +75,8 @@ def arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
 @contextmanager
 def kept_random_states() -> Iterator[None]:
     """What is drawn inside leaves torch's, Python's and NumPy's states as they were."""
-    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
-    try:
-        with torch.random.fork_rng(devices=[]):
-            yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)  # noqa: NPY002
+    with kept_states(), torch.random.fork_rng(devices=[]):
+        yield
 
 
 def output_tensors(out: Any) -> list[Tensor]:

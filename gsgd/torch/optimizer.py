@@ -22,7 +22,7 @@ from gsgd.threads import usable_threads
 from gsgd.torch.engines import Engine, EngineName, EngineOption, Tensors, as_real, check_engine, choose
 from gsgd.torch.parameters import EXPECTED, Closure, Owner, Params, named_network, refuse_unsupported
 from gsgd.torch.shard_coordinates import find_coordinates
-from gsgd.torch.shards import Shards, is_sharded, local
+from gsgd.torch.shards import Shards, any_sharded, local
 from gsgd.waiting import is_due, join
 
 
@@ -117,7 +117,7 @@ class _PathOptimizer(torch.optim.Optimizer):
         """Take the coordinates of the weights as they are. Of sharded ones there is no skeleton to look at."""
         values, tensors = self._values(), self._tensors()
         self._seen, self._engine = fingerprint(values), None
-        if any(map(is_sharded, tensors.values())):
+        if any_sharded(tensors):
             self._coordinates = find_coordinates(self.network, tensors, self._options.rule, self._options.scale)
             self._plan = None
             return None
@@ -135,7 +135,7 @@ class _PathOptimizer(torch.optim.Optimizer):
             return
         changed = self._seen != fingerprint(self._values())
         tensors = self._tensors()
-        if any(map(is_sharded, tensors.values())):
+        if any_sharded(tensors):
             changed = Shards(tensors).any(changed)
         if changed:
             self._find_coordinates()
@@ -147,7 +147,7 @@ class _PathOptimizer(torch.optim.Optimizer):
 
     @property
     def engine(self) -> EngineName:
-        """What takes the steps on the parameters as they are now: "core", "array" or "triton"."""
+        """What takes the steps on the parameters as they are now: "core", "array", "triton" or "sharded"."""
         return self._current_engine().name
 
     def __repr__(self) -> str:
@@ -271,7 +271,7 @@ class _PathOptimizer(torch.optim.Optimizer):
     def _join(self) -> None:
         """Give coordinates to units that waited for weights which were 0 at the start."""
         tensors = self._tensors()
-        if (self._coordinates.in_edges[:, 0] >= 0).all() or any(map(is_sharded, tensors.values())):
+        if (self._coordinates.in_edges[:, 0] >= 0).all() or any_sharded(tensors):
             return
         joined = join(self.network, self._values(), self._coordinates, self._options.rule)
         if joined is None:
@@ -446,7 +446,8 @@ class GSGD(_PathOptimizer):
     Notes
     -----
     Float32 and float64 tensors on the CPU are updated by the C core in place, without copies, on the strides that
-    they have. Other tensors take the same step in array operations on their device, for which `step` does not wait.
+    they have, others on CUDA by Triton's kernels. All else, sharded parameters too, takes the same step in array
+    operations on its device. `step` does not wait for a device.
 
     A complex parameter that is trained takes torch's own step, and pins the units that it meets. Parameters of integers
     and booleans stay.
@@ -460,7 +461,7 @@ class GSGD(_PathOptimizer):
     Raises
     ------
     TypeError
-        A parameter is sparse, sharded or without values, `network` is no Network, or a hyperparameter is no number.
+        A parameter is sparse or without values, `network` is no Network, or a hyperparameter is no number.
     ValueError
         Parameters are unnamed, given twice, not of `network`, on several devices or overlap in memory; a hyperparameter
         or an option is out of its range; or options of tracing are given with ``network=``. Nothing has changed.

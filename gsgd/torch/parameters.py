@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 from torch import Tensor, nn
 
 from gsgd.network import Network
-from gsgd.torch.shards import is_sharded
+from gsgd.torch.shards import any_sharded, is_sharded
 from gsgd.torch.trace import trace
 
 Params: TypeAlias = nn.Module | Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]]
@@ -53,7 +53,7 @@ def named_network(params: Params, network: Network | None, example_inputs: Any, 
         for name, p in parameters.items():
             refuse_unsupported(name, p)
         if network is None:
-            if any(is_sharded(p) for p in parameters.values()):
+            if any_sharded(parameters):
                 raise ValueError("network: expected that of the model before it was sharded: net = trace(model, ...)")
             network = trace(model, example_inputs, **tracing)
         for name in network.shapes:

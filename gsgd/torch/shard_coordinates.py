@@ -13,9 +13,10 @@ from torch import Tensor
 
 from gsgd import stages
 from gsgd.coordinates import Coordinates, ScaleName
-from gsgd.layout import IN, OUT, Layout, Span, convert, layout, part
+from gsgd.layout import IN, OUT, Layout, Span, convert, network_layout, part
 from gsgd.network import Network
-from gsgd.skeleton import Rule, make_plan
+from gsgd.skeleton import Rule, make_plan, warn_of_pinned
+from gsgd.torch.engines.base import to_device
 from gsgd.torch.shards import Shards, local
 
 Floats = NDArray[np.float64]
@@ -48,18 +49,15 @@ def find_coordinates(net: Network, tensors: Mapping[str, Tensor], rule: Rule, sc
         if count:
             raise ValueError(f"parameter {name!r} has entries that are not finite")
 
-    number = {name: i for i, name in enumerate(tensors)}
-    blocks = [(number[b.name], b) for b in net.blocks]
-    shapes = [tuple(p.shape) for p in tensors.values()]
+    shapes = {name: tuple(p.shape) for name, p in tensors.items()}
     # ones stand for weights that are not known to be zero: a single number seen as a whole array
-    stand_ins = [np.broadcast_to(np.float32(1), shape) for shape in shapes]
+    stand_ins = [np.broadcast_to(np.float32(1), shape) for shape in shapes.values()]
     plan, _ = make_plan(net, dict(zip(tensors, stand_ins, strict=True)), "c")
+    none: list[Any] = [None] * len(weights)
     while True:
         edges = plan.choose_trees(stand_ins, False, None)
-        whole = layout(net.num_units, shapes, blocks, *edges)
-        counted = [own if counts else None for own, counts in zip(shards.index, shards.counts, strict=True)]
-        here = convert(part(whole, counted), lambda x: torch.from_numpy(np.ascontiguousarray(x)).to(weights[0].device))
-        none: list[Any] = [None] * len(weights)
+        whole = network_layout(net, shapes, *edges)
+        here = convert(part(whole, shards.counted), to_device(weights[0].device))
         found = shards.total(stages.gather(here, weights, none, [(None, None)] * len(weights)).weights)
         tree_weights = found.cpu().numpy()
         zero = (tree_weights == 0) & (whole.edge < len(whole.owner))
@@ -67,10 +65,7 @@ def find_coordinates(net: Network, tensors: Mapping[str, Tensor], rule: Rule, sc
             break
         for i in np.unique(_arrays_of(whole, whole.edge[zero])):
             stand_ins[i] = _without_zeros(stand_ins[i], whole, int(i), zero, weights[i], shards)
-    pinned = [net.units[u] for u in np.flatnonzero(edges[0][:, 0] < 0)]
-    if pinned:
-        some = ", ".join(pinned[:3]) + (", ..." if len(pinned) > 3 else "")
-        warnings.warn(f"{len(pinned)} units are pinned, since no path of non-zero weights passes: {some}", stacklevel=4)
+    warn_of_pinned(net, edges[0])
     c = np.ones(net.num_units)
     if scale == "balanced":
         c = _balanced(whole, here, weights, shards)
@@ -187,9 +182,8 @@ def _balanced(whole: Layout, here: Layout, weights: Sequence[Tensor], shards: Sh
                 e = w2 * torch.exp(2 * t[rows] - 2 * t[cols])
                 between = place_of[layer_of[rows], layer_of[cols]]
                 add(energy, between, e)
-        t += torch.from_numpy(_best_shifts(len(layers), flows, shards.total(energy).cpu().numpy())).to(t.device)[
-            layer_of
-        ]
+        shifts = _best_shifts(len(layers), flows, shards.total(energy).cpu().numpy())
+        t += torch.from_numpy(shifts).to(t.device)[layer_of]
     else:
         warnings.warn(f"the balanced scale did not converge: {moved:.1e} is left", RuntimeWarning, stacklevel=2)
     scale: Floats = torch.exp(t[:-1]).cpu().numpy()

@@ -26,6 +26,11 @@ def is_sharded(t: Tensor) -> bool:
     return isinstance(t, DTensor)
 
 
+def any_sharded(tensors: Mapping[str, Tensor]) -> bool:
+    """Whether there is a sharded one among them."""
+    return any(map(is_sharded, tensors.values()))
+
+
 def local(t: Tensor) -> Tensor:
     """What this process holds of it, sharing its memory."""
     return t.to_local().detach() if isinstance(t, DTensor) else t.detach()
@@ -94,6 +99,11 @@ class Shards:
         at = self.mesh.get_coordinate()
         assert at is not None
         return all(at[d] == 0 for d in self.dims if not self._is_cut(p, d))
+
+    @property
+    def counted(self) -> list[Index | None]:
+        """`index`; None where this process's part does not enter sums."""
+        return [own if counts else None for own, counts in zip(self.index, self.counts, strict=True)]
 
     def total(self, x: Tensor) -> Tensor:
         """`x` summed over the processes that hold parts, in place: the same bits on all of them."""

@@ -14,7 +14,7 @@ from gsgd.torch.engines.array import ArrayEngine
 from gsgd.torch.engines.base import Engine, EngineName, Tensors, Unsupported, as_real
 from gsgd.torch.engines.core import CoreEngine
 from gsgd.torch.engines.sharded import ShardedEngine
-from gsgd.torch.shards import is_sharded
+from gsgd.torch.shards import any_sharded
 
 __all__ = [
     "ArrayEngine",
@@ -50,7 +50,7 @@ def choose(
     ValueError
         The parameters are on several devices, or the engine can't take them: it says why.
     """
-    if any(map(is_sharded, tensors.values())):
+    if any_sharded(tensors):
         if engine != "auto":
             raise ValueError(f"engine: expected 'auto' for sharded parameters, got {engine!r}")
         return ShardedEngine(net, coordinates, tensors)

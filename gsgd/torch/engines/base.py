@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import ClassVar, Literal, TypeAlias
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, ClassVar, Literal, TypeAlias
 
+import numpy as np
 import torch
+from array_api_compat import torch as xp
+from numpy.typing import NDArray
 from torch import Tensor
 
-from gsgd.methods import Method
+from gsgd.entries import real_type
+from gsgd.methods import Method, Moments
 from gsgd.network import Network
 from gsgd.optimizer import Stats
+from gsgd.stages import Solution
 
 Tensors: TypeAlias = list[Tensor | None]
 EngineName = Literal["core", "array", "triton", "sharded"]
@@ -19,6 +24,21 @@ EngineName = Literal["core", "array", "triton", "sharded"]
 def as_real(t: Tensor) -> Tensor:
     """A view of a complex tensor's real and imaginary parts, (..., 2), as torch's optimizers step on; or `t`."""
     return torch.view_as_real(t) if t.is_complex() and t.layout is torch.strided else t
+
+
+def to_device(device: torch.device) -> Callable[[NDArray[Any]], Tensor]:
+    """For `layout.convert`: arrays as tensors there, integers as indices. The same array is converted once."""
+    real = real_type(xp, device)
+    made: dict[int, tuple[NDArray[Any], Tensor]] = {}  # by identity, with the array, which keeps it
+
+    def asarray(x: NDArray[Any]) -> Tensor:
+        if id(x) not in made:
+            t = torch.from_numpy(np.ascontiguousarray(x))
+            t = t.to(real) if t.is_floating_point() else t if t.dtype == torch.bool else t.long()
+            made[id(x)] = x, t.to(device)
+        return made[id(x)][1]
+
+    return asarray
 
 
 class Unsupported(ValueError):
@@ -63,6 +83,28 @@ class Engine:
             if g.shape != p.shape:
                 raise ValueError(f"gradient of {name!r}: expected shape {tuple(p.shape)}, got {tuple(g.shape)}")
         return gradients
+
+    def write(
+        self,
+        pairs: Iterable[Moments],
+        new: Iterable[tuple[Any, Any]],
+        solution: Solution,
+        stats: Stats,
+    ) -> None:
+        """Weights and moments as `stages.apply` makes them, unless something is not finite; and count on the device."""
+        finite = solution.finite
+        for p, pair, (value, new_pair) in zip(self.aliases, pairs, new, strict=True):
+            for old, x in zip((p, *pair), (value, *new_pair), strict=True):
+                if old is not None and x is not old:
+                    torch.where(finite, x, old, out=old)
+        stats.steps += 1
+        stats.clamped = stats.clamped + torch.where(finite, solution.clamped, 0)  # type: ignore[assignment]
+        stats.skipped = stats.skipped + torch.where(finite, 0, 1)  # type: ignore[assignment]
+
+    def tell_autograd(self, gradients: Tensors) -> None:
+        """It did not see what was written by address."""
+        written = zip(self.params, gradients, self.following, strict=True)
+        torch.autograd.graph.increment_version([p for p, g, follows in written if follows or g is not None])
 
     def step(
         self,

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -74,9 +73,7 @@ class CoreEngine(Engine):
         except FloatingPointError as error:
             seen = self.as_arrays(gradients)
             raise FloatingPointError(explain(self.net, self.trees, self.arrays, seen, error.args[0])) from None
-        # autograd did not see what was written
-        written = zip(self.params, gradients, self.following, strict=True)
-        torch.autograd.graph.increment_version([p for p, g, follows in written if follows or g is not None])
+        self.tell_autograd(gradients)
         stats.steps += 1
         stats.clamped += clamped
 

@@ -5,23 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import fields, replace
-from typing import Any
 
-import numpy as np
 import torch
-from array_api_compat import array_namespace
-from numpy.typing import NDArray
-from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from gsgd import stages
 from gsgd.coordinates import Coordinates
-from gsgd.entries import real_type
-from gsgd.layout import convert, layout, part
+from gsgd.layout import convert, network_layout, part
 from gsgd.methods import Method
 from gsgd.network import Network
 from gsgd.optimizer import Stats
-from gsgd.torch.engines.base import Engine, Tensors
+from gsgd.torch.engines.base import Engine, Tensors, to_device
 from gsgd.torch.shards import Shards, local
 
 
@@ -34,32 +28,19 @@ class ShardedEngine(Engine):
 
     name = "sharded"
 
-    def __init__(self, net: Network, coordinates: Coordinates, tensors: Mapping[str, Tensor]) -> None:
+    def __init__(self, net: Network, coordinates: Coordinates, tensors: Mapping[str, torch.Tensor]) -> None:
         super().__init__(net, tensors)
         if any(b.batch_norm for b in net.blocks):
             raise ValueError("batch_norm: expected 'exact' for sharded parameters")
         self.shards = Shards(tensors)
         self.aliases = [local(p) for p in self.params]
-        device = self.aliases[0].device
-        real = real_type(array_namespace(*self.aliases), device)
-
-        made: dict[int, tuple[NDArray[Any], Tensor]] = {}
-
-        def asarray(x: NDArray[Any]) -> Tensor:
-            if id(x) not in made:  # parts share what is per unit with the whole
-                t = torch.from_numpy(np.ascontiguousarray(x))
-                t = t.to(real) if t.is_floating_point() else t if t.dtype == torch.bool else t.long()
-                made[id(x)] = x, t.to(device)
-            return made[id(x)][1]
-
-        number = {name: i for i, name in enumerate(tensors)}
-        blocks = [(number[b.name], b) for b in net.blocks]
-        whole = layout(net.num_units, [tuple(p.shape) for p in self.params], blocks, *coordinates.edges)
+        asarray = to_device(self.aliases[0].device)  # parts share what is per unit with the whole
+        shapes = {name: tuple(p.shape) for name, p in tensors.items()}
+        whole = network_layout(net, shapes, *coordinates.edges)
         self.whole = convert(whole, asarray)
         self.here = self.counted = convert(part(whole, self.shards.index), asarray)
         if not all(self.shards.counts):
-            pairs = zip(self.shards.index, self.shards.counts, strict=True)
-            self.counted = convert(part(whole, [own if counts else None for own, counts in pairs]), asarray)
+            self.counted = convert(part(whole, self.shards.counted), asarray)
         self.scale = stages.Scale.of(asarray, *coordinates.scale)
 
     def is_current(self) -> bool:
@@ -109,14 +90,6 @@ class ShardedEngine(Engine):
         types = [w.dtype for w in weights]
         solution = stages.solve(self.whole, a, b, found, None, squares, taken, types, max_ratio, clip_norm)
 
-        finite = solution.finite
         factors = stages.spread(self.here, solution, weights)
         each = zip(self.here.arrays, factors, weights, own, pairs, (methods[i] for i in which), strict=True)
-        for layout_, f, w, g, pair, method in each:
-            new, new_pair = stages.apply(layout_, f, w, g, pair, method)
-            for old, x in zip((w, *pair), (new, *new_pair), strict=True):
-                if old is not None and x is not old:
-                    torch.where(finite, x, old, out=old)
-        stats.steps += 1
-        stats.clamped = stats.clamped + torch.where(finite, solution.clamped, 0)  # type: ignore[assignment]
-        stats.skipped = stats.skipped + ~finite
+        self.write(pairs, (stages.apply(*own) for own in each), solution, stats)

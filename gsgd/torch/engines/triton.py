@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from gsgd.coordinates import Coordinates
-from gsgd.layout import IN, OUT, Layout, layout, lines
+from gsgd.layout import IN, OUT, Layout, lines, network_layout
 from gsgd.methods import Method
 from gsgd.network import Network
 from gsgd.optimizer import Stats
@@ -113,9 +113,8 @@ def tables(net: Network, coordinates: Coordinates, params: Mapping[str, Tensor],
     Unsupported
         A parameter does not lie in memory line by line.
     """
-    units, number = net.num_units, {name: i for i, name in enumerate(params)}
-    shapes = [tuple(p.shape) for p in params.values()]
-    t = layout(units, shapes, [(number[b.name], b) for b in net.blocks], *coordinates.edges)
+    units = net.num_units
+    t = network_layout(net, {name: tuple(p.shape) for name, p in params.items()}, *coordinates.edges)
     ids: list[NDArray[np.int32]] = [np.zeros(0, np.int32)]
     edges = np.full((2, len(t.owner) + 1), -1, dtype=np.int64)  # the array of every tree edge, and its place there
     by_dtype: dict[torch.dtype, list[kernels.Sheet]] = {p.dtype: [] for p in params.values()}
@@ -362,9 +361,7 @@ class TritonEngine(Engine):
                 for x, copy in zip(kind, copies, strict=True):
                     if x is not None and copy is not None and copy is not x:
                         x.copy_(copy)
-        # autograd did not see what was written
-        written = zip(self.params, gradients, self.following, strict=True)
-        torch.autograd.graph.increment_version([p for p, g, follows in written if follows or g is not None])
+        self.tell_autograd(gradients)
         stats.steps += 1
 
     def _follow(self, stats: Stats) -> None:
