@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -25,6 +24,7 @@ from gsgd.torch.shard_coordinates import find_coordinates
 from gsgd.torch.shards import Shards, any_sharded, local
 from gsgd.torch.state import held_moments, matched, saved_skeleton
 from gsgd.waiting import is_due, join
+from gsgd.warn import warn
 
 
 class Arguments(OptionArguments, total=False):
@@ -81,7 +81,7 @@ class PathOptimizer(torch.optim.Optimizer):
         self.network = network.without([n for n in network.shapes if tensors[n].is_complex()], "complex")
         self.network.add_plain(n for n in tensors if n not in network.shapes)
         if not self.network.num_units:
-            warnings.warn("no unit was found that can be rescaled: every step is a plain one", stacklevel=3)
+            warn("no unit was found that can be rescaled: every step is a plain one")
         skeleton = self._find_coordinates()  # refuses what makes no trees
         if skeleton is not None:
             skeleton.warn_of_pinned(waiting=True)
@@ -271,10 +271,9 @@ class PathOptimizer(torch.optim.Optimizer):
         """Parameters that are no longer the model's take no part any more, nor their units."""
         if not lost:
             return
-        warnings.warn(
+        warn(
             f"{', '.join(lost[:3])}{', ...' if len(lost) > 3 else ''}: no longer a parameter of the model, since a "
             "module or a parameter was replaced. What replaced it is not trained: make a new optimizer",
-            stacklevel=4,
         )
         self.network = self.network.without(
             [name for name in lost if name in self.network.shapes], "no longer the model's"
@@ -299,10 +298,9 @@ class PathOptimizer(torch.optim.Optimizer):
         for name, p, follows in zip(engine.names, engine.params, engine.following, strict=True):
             if follows and not p.requires_grad and not engine.has_warned:
                 engine.has_warned = True
-                warnings.warn(
+                warn(
                     f"parameter {name!r} was frozen after the optimizer was made: it keeps its paths' values, not its "
                     "weights. Make a new optimizer to keep it as it is.",
-                    stacklevel=5,
                 )
 
     def _method(self, group: Mapping[str, Any]) -> Method:
@@ -365,10 +363,9 @@ class PathOptimizer(torch.optim.Optimizer):
             raise ValueError(f"state_dict: of another method than {type(self).__name__}: it has {sorted(held)}")
         coordinates, stats = saved_skeleton(state_dict, self.network.num_units) or (self._coordinates, None)
         if stats is None and held and self.network.num_units:
-            warnings.warn(
+            warn(
                 'state_dict has moments but no "gsgd": it is of another optimizer, or was saved without the skeleton, '
                 "and its moments are of other coordinates",
-                stacklevel=2,
             )
         self._make_engine(coordinates)  # refuses what are no trees
         names = [g["param_names"] for g in self.param_groups]
