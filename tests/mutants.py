@@ -65,8 +65,8 @@ def failure(root: Path, tests: list[str]) -> str:
             os.dup2(log.fileno(), 2)
             sys.path.insert(0, str(root))
             os.environ["PYTHONPATH"] = str(root)
-            files = [f"tests/test_{name}.py" for name in tests]
-            os._exit(pytest.main(["-x", "-q", "-W", "ignore", "--hypothesis-profile=unshrunk", *files]))
+            options = ["-x", "-q", "-W", "ignore", "--hypothesis-profile=unshrunk"]
+            os._exit(pytest.main([*options, *(f"tests/test_{name}" for name in tests)]))
         status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         log.seek(0)
         lines = log.read().splitlines()
