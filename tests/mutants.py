@@ -56,7 +56,7 @@ def build(root: Path) -> None:
 
 
 def failure(root: Path, tests: list[str]) -> str:
-    """The first test that fails, if one does; run by a child of this process, which has imported the frameworks."""
+    """The first test that fails, if one does; run by a child, for which the frameworks are imported already."""
     with tempfile.TemporaryFile("w+") as log:
         if (child := os.fork()) == 0:
             signal.alarm(3600)
@@ -96,8 +96,10 @@ def main(root: Path, listed: list[Mutant]) -> bool:
 
 
 if __name__ == "__main__":
-    import jax  # noqa: F401
-    import torch  # noqa: F401
+    import gsgd.jax
+    import gsgd.torch  # noqa: F401
 
+    for name in [name for name in sys.modules if name.split(".")[0] == "gsgd"]:
+        del sys.modules[name]  # what it has imported stays
     with tempfile.TemporaryDirectory() as folder:
         sys.exit(not main(Path(folder, "gsgd"), mutants(*sys.argv[1:])))
