@@ -4,6 +4,7 @@
 # make fuzz     the property tests on other random examples than make test's: minutes. It prints its seed first, and
 #               make fuzz SEED=... repeats it. Where clang is installed, libFuzzer then drives the C core for a minute
 # make soak     an hour (MINUTES=60) of steps, saves, copies, forks and refused steps at random: memory has to stay flat
+# make mutants  whether the tests notice some ninety changes of a line each: an hour
 # make lint     ruff, mypy, clang-format, and the compiler with warnings as errors
 # make bench    the step against PyTorch's optimizers; make bench-training: whole training steps;
 #               make bench-scaling: construction and step against the number of weights
@@ -29,7 +30,8 @@ CORE_FLAGS := -std=c11 -g -O1 -ffp-contract=off -fno-math-errno -Wall -Wextra -W
 SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=all
 OPENMP := $(shell echo 'int main(void) { return 0; }' | $(CC) -fopenmp -x c -o /dev/null - 2>/dev/null && echo -fopenmp)
 
-.PHONY: demo test fuzz soak lint bench bench-training bench-scaling lib docs wheel valgrind sanitize sanitize-threads clean
+.PHONY: demo test fuzz mutants soak lint bench bench-training bench-scaling lib docs wheel valgrind sanitize sanitize-threads \
+        clean
 
 demo: .venv/demo
 	$(BIN)/python -P -m gsgd.demo
@@ -55,6 +57,9 @@ fuzz: .venv/dev
 soak: MINUTES := 60
 soak: .venv/dev
 	PYTHONPATH=tests $(BIN)/python -W ignore tests/soak.py --minutes $(MINUTES) $(if $(SEED),--seed $(SEED))
+
+mutants: .venv/dev
+	$(BIN)/python tests/mutants.py
 
 lint: .venv/dev
 	$(BIN)/ruff check

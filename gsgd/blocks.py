@@ -95,7 +95,8 @@ class Block:
         at = [np.zeros_like(flat) for _ in range(1 + max(self.start[0], *(d.axis for d in self.dims)))]
         at[self.start[0]] += self.start[1]
         for d, i in zip(self.dims, np.unravel_index(flat, self.extents), strict=True):
-            at[d.axis] += d.step * i
+            if d.step:
+                at[d.axis] += d.step * i
         return at
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from itertools import pairwise
 from typing import Any, Literal
@@ -114,14 +114,22 @@ def explain(
     return f"the path through unit {net.units[unit]} has no finite ratio"
 
 
+def _by_block(
+    edges: NDArray[np.int64], blocks: Sequence[Block]
+) -> Iterator[tuple[Block, NDArray[np.int64], NDArray[np.int64]]]:
+    """Every block with the units whose edges lie in it, and the entries that these are."""
+    units = np.argsort(edges[:, 0], kind="stable")
+    ends = np.searchsorted(edges[units, 0], np.arange(len(blocks) + 1))
+    for block, (first, last) in zip(blocks, pairwise(ends.tolist()), strict=True):
+        here = units[first:last]
+        yield block, here, edges[here, 1]
+
+
 def _named(edges: NDArray[np.int64], blocks: Sequence[Block]) -> tuple[Edge | None, ...]:
     """(name, index) of edges that are given as (block, entry), block < 0: none."""
     named: list[Edge | None] = [None] * len(edges)
-    by_block = np.argsort(edges[:, 0], kind="stable")
-    ends = np.searchsorted(edges[by_block, 0], np.arange(len(blocks) + 1))
-    for block, (first, last) in zip(blocks, pairwise(ends), strict=True):
-        here = by_block[first:last]
-        for unit, index in zip(here.tolist(), block.indices(edges[here, 1]), strict=True):
+    for block, units, at in _by_block(edges, blocks):
+        for unit, index in zip(units.tolist(), block.indices(at), strict=True):
             named[unit] = (block.name, index)
     return tuple(named)
 
@@ -245,11 +253,9 @@ class Skeleton:
         found = []
         for edges in self.edge_arrays:
             weights = np.ones(self.net.num_units)
-            for k in np.unique(edges[:, 0][edges[:, 0] >= 0]):
-                here = np.flatnonzero(edges[:, 0] == k)
-                block = self._blocks[k]
-                at = tuple(np.array(block.indices(edges[here, 1])).T)
-                weights[here] = arrays[block.name][at]
+            for block, units, at in _by_block(edges, self._blocks):
+                if units.size:
+                    weights[units] = arrays[block.name][tuple(block.places(at))]
             found.append(weights)
         return found[0], found[1]
 

@@ -4,12 +4,13 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 
 from gsgd.torch.engines import Engine, choose
 
 settings.register_profile("random", deadline=None, max_examples=200, suppress_health_check=list(HealthCheck))
 settings.register_profile("fixed", settings.get_profile("random"), derandomize=True, max_examples=60)
+settings.register_profile("unshrunk", settings.get_profile("fixed"), phases=[Phase.explicit, Phase.generate])
 settings.load_profile("fixed")
 torch.set_num_threads(1)
 

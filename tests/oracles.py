@@ -95,8 +95,10 @@ class Structure:
 
     def jacobian(self, w: Array) -> Array:
         """dv_p / dw_e, shape (m, m - H), right where weights are zero too."""
-        lowered = np.maximum(self.counts[None] - np.eye(self.size, dtype=int)[:, :, None], 0)
-        return self.counts * np.prod(w[None, :, None] ** lowered, axis=1)
+        zero = w == 0
+        others = np.prod(np.where(zero, 1.0, w)[:, None] ** self.counts, axis=0) / np.where(zero, 1.0, w)[:, None]
+        zeros = zero.astype(int) @ self.counts  # on every path; a slope is left where they are 0, or 1 and the weight's
+        return np.where(zeros == zero[:, None], self.counts * others, 0.0)
 
     def path_gradients(self, w: Array, g: Array) -> Array:
         """Inverse chain rule: dl/dv of the linear system dl/dw_e = sum over p of dl/dv_p dv_p/dw_e."""

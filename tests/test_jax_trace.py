@@ -144,6 +144,12 @@ CASES: dict[str, tuple[Apply, Params, Any, int]] = {
         images(4, channels=3),
         6,
     ),
+    "zeros between channels": (
+        lambda p, x: lax.pad(jax.nn.relu(x @ p["w1"]), 0.0, ((0, 0, 0), (0, 0, 1))) @ p["w2"],
+        random(w1=(3, 4), w2=(7, 2)),
+        images(4, channels=3),
+        0,
+    ),
     "mean over positions": (
         lambda p, x: jax.nn.relu(conv(x, p["w1"])).mean((1, 2)) @ p["w2"],
         random(w1=(3, 3, 2, 4), w2=(4, 3)),

@@ -38,10 +38,14 @@ def test_units_that_feed_each_other(width: int) -> None:
 
 
 @pytest.mark.filterwarnings("error")
-def test_depth() -> None:
-    """Of 300 layers of very different sizes: norms in and out of every unit agree."""
+@pytest.mark.parametrize("widths", [[5] * 301, [3, 70, 150, 2]], ids=["depth", "width"])
+def test_norms_in_and_out_of_every_unit_agree(widths: list[int]) -> None:
+    """Of many layers, of layers of many units, all of very different sizes."""
     rng = np.random.default_rng(0)
-    params = {f"w{i}": rng.standard_normal((5, 5)) * 10 ** rng.uniform(-1, 1) for i in range(300)}
+    params = {
+        f"w{i}": rng.standard_normal(shape) * 10 ** rng.uniform(-1, 1)
+        for i, shape in enumerate(zip(widths[1:], widths, strict=False))
+    }
     gsgd.balance(params, gsgd.Network.sequential(params))
     weights = list(params.values())
     for before, after in pairwise(weights):
