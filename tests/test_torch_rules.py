@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import gsgd
 from gsgd.torch import SymmetryError, rules, trace, verify
+from gsgd.torch.values import tensors_in
 from gsgd.trace.nodes import Algebra
 
 Op = Callable[[Any, Tensor], Tensor]
@@ -82,6 +83,51 @@ PRODUCTS: dict[str, tuple[Op, dict[str, tuple[int, ...]], int, set[str]]] = {
     "a bias of two axes": (lambda m, h: joined((heads(h) + m.b).relu()), {"b": (2, 1, 3)}, 6, NONE),
     "a bias per position": (lambda m, h: (h[..., None] + m.b).relu().mean(-1), {"b": (6, 5)}, 6, NONE),
     "a bias of all heads": (lambda m, h: joined((heads(h) + m.b).relu()), {"b": (3,)}, 3, NONE),
+    "einsum of three": (
+        lambda m, h: torch.einsum("bk,bo,kio,bi->bo", torch.sigmoid(m.j(h))[:, :2], m.b[None], m.w, h.relu()),
+        {"w": (2, 6, 6), "b": (6,)},
+        0,
+        {"w", "b"},
+    ),
+    "experts": (
+        lambda m, h: torch.einsum("bk,kio,bi->bo", torch.softmax(m.v[None], 1).expand(4, 2), m.w, h),
+        {"w": (2, 6, 6), "v": (2,)},
+        12,
+        {"v"},
+    ),
+    "bilinear": (lambda m, h: F.bilinear(torch.ones(4, 3), h, m.w, m.b).relu(), {"w": (6, 3, 6), "b": (6,)}, 12, NONE),
+    "tensordot": (lambda m, h: torch.tensordot(h, m.w, 1), {"w": (6, 6)}, 12, NONE),
+    "tensordot of two": (
+        lambda m, h: torch.tensordot(m.w, h.view(4, 2, 3), dims=([1, -1], [1, 2])).T,
+        {"w": (6, 2, 3)},
+        12,
+        NONE,
+    ),
+    "mv": (lambda m, h: torch.addmv(m.b, m.w, h[0]).relu().expand(4, -1), {"w": (6, 6), "b": (6,)}, 12, NONE),
+    "outer": (lambda m, h: torch.outer(m.w, h[0].mean(0, True)[0].expand(1)).T.expand(4, 6), {"w": (6,)}, 7, NONE),
+    "cumulated": (lambda m, h: h.cumsum(0) + h.cummax(0)[0] + h.sort(0).values + h.topk(1, 0)[0], {}, 6, NONE),
+    "cumulated channels": (lambda m, h: h.cumsum(1), {}, 1, NONE),
+    "lower half": (lambda m, h: h.tril(1).rot90(2), {}, 6, NONE),
+    "a norm of two axes": (
+        lambda m, h: F.layer_norm(heads(h), (4, 3), m.g, m.b).relu().transpose(0, 1).flatten(1),
+        {"g": (4, 3), "b": (4, 3)},
+        3,
+        NONE,
+    ),
+    "looked up": (lambda m, h: h + F.embedding(torch.tensor([3, 1, 0, 3]), m.w), {"w": (5, 6)}, 6, NONE),
+    "looked up, of norm 1": (
+        lambda m, h: h + F.embedding(torch.tensor([3, 1, 0, 3]), m.w, max_norm=1.0),
+        {"w": (5, 6)},
+        0,
+        {"w"},
+    ),
+    "bags": (
+        lambda m, h: h * F.embedding_bag(torch.arange(8).view(4, 2) % 5, m.w, mode="max").sigmoid()
+        + F.embedding_bag(torch.arange(8), m.v, torch.arange(0, 8, 2), per_sample_weights=torch.ones(8), mode="sum"),
+        {"w": (5, 6), "v": (8, 6)},
+        6,
+        NONE,
+    ),
     "a gain": (lambda m, h: m.g * h, {"g": (6,)}, 12, NONE),
     "a gain per head": (lambda m, h: joined(heads(h) * m.g), {"g": (2, 1, 1)}, 6, {"g"}),
     "layer scale": (lambda m, h: h + m.g * torch.relu(m.j(h)), {"g": (6,)}, 12, NONE),
@@ -106,7 +152,7 @@ PRODUCTS: dict[str, tuple[Op, dict[str, tuple[int, ...]], int, set[str]]] = {
 def test_products_and_masks(case: str) -> None:
     op, own, units, left = PRODUCTS[case]
     model, x = between(op, **own), torch.randn(4, 5)
-    if case not in ("layer scale", "zeros no more", "constants no more"):
+    if case not in ("einsum of three", "layer scale", "zeros no more", "constants no more"):
         del model.j
     net = trace(model, x)
     assert net.num_units == units
@@ -350,7 +396,7 @@ def passed(rule: Rule) -> Rule:
 
     def mutant(run: Any, func: Any, args: Any, kwargs: Any, out: Any) -> Any:
         x = next(t for t in args if isinstance(t, Tensor) and t.is_floating_point())
-        return np.broadcast_to(run.nodes(x), out.shape) if isinstance(out, Tensor) and out.is_floating_point() else []
+        return [np.broadcast_to(run.nodes(x), t.shape) for t in tensors_in(out) if t.is_floating_point()]
 
     return mutant
 
@@ -389,6 +435,7 @@ def set_to_one(h: Tensor) -> Tensor:
     return h
 
 
+PLACES = torch.tensor([3, 1, 0, 3])
 BACKWARD = torch.arange(5, -1, -1).expand(4, 6)
 # a function of each rule, the mutant, a model that finds it
 MUTANTS: dict[str, tuple[Callable[[Rule], Rule], Op]] = {
@@ -396,13 +443,18 @@ MUTANTS: dict[str, tuple[Callable[[Rule], Rule], Op]] = {
     "add": (passed, lambda m, h: h + m.j(h)),
     "addmm": (rolled(1), lambda m, h: torch.addmm(h, h, m.j.weight)),
     "batch_norm": (passed, lambda m, h: F.batch_norm(h, None, None, training=True)),
+    "bilinear": (rolled(1), lambda m, h: F.bilinear(h, torch.ones(4, 6), m.w)),
     "clamp": (passed, lambda m, h: (10 * h).clamp(0, 1)),
     "conv2d": (rolled(1), maps(lambda m, h: F.conv2d(h, m.c))),
     "conv_transpose2d": (rolled(1), maps(lambda m, h: F.conv_transpose2d(h, m.c))),
+    "cumsum": (passed, lambda m, h: h.cumsum(1)),
     "div": (passed, lambda m, h: h / (m.j(h).abs() + h)),
     "einsum": (rolled(1), lambda m, h: torch.einsum("bi,oi->bo", h, m.j.weight)),
+    "embedding": (rolled(1), lambda m, h: F.embedding(PLACES, m.j.weight)),
+    "embedding_bag": (rolled(1), lambda m, h: F.embedding_bag(PLACES[:, None], m.j.weight)),
     "flip": (rolled(1), lambda m, h: h.flip(1)),
     "gather": (passed, lambda m, h: h.gather(1, BACKWARD)),
+    "grid_sample": (rolled(1), maps(lambda m, h: F.grid_sample(h, torch.zeros(4, 2, 2, 2), align_corners=True))),
     "group_norm": (passed, lambda m, h: F.group_norm(h, 2)),
     "glu": (
         lambda rule: lambda run, func, args, kwargs, out: run.nodes(args[0])[:, :6],
@@ -420,6 +472,7 @@ MUTANTS: dict[str, tuple[Callable[[Rule], Rule], Op]] = {
     "mean": (of_first, lambda m, h: h.mean(1, keepdim=True).expand(4, 6)),
     "mul": (passed, lambda m, h: h * h),
     "multi_head_attention_forward": (rolled(2), lambda m, h: m.a(*[h[None]] * 3)[0][0]),
+    "outer": (rolled(1), lambda m, h: torch.outer(torch.ones(4), h[0])),
     "pad": (without_options, lambda m, h: F.pad(h[..., None], (1, 1), value=1.0).mean(2)),
     "prelu": (rolled(1), lambda m, h: F.prelu(h, torch.ones(1))),
     "rand_like": (passed, lambda m, h: h + torch.rand_like(h)),
@@ -429,6 +482,8 @@ MUTANTS: dict[str, tuple[Callable[[Rule], Rule], Op]] = {
     "scatter_reduce": (passed, lambda m, h: h.scatter_reduce(1, BACKWARD, m.j(h), "amax")),
     "__setitem__": (passed, lambda m, h: set_to_one(h)),
     "sign": (passed, lambda m, h: torch.sign(h - 2 * m.j(h))),
+    "tensordot": (rolled(1), lambda m, h: torch.tensordot(h, m.j.weight, 1)),
+    "topk": (passed, lambda m, h: h.topk(6, 1)[0]),
     "threshold": (passed, lambda m, h: F.threshold(h, 0.5, 0.0)),
     "where": (passed, lambda m, h: torch.where(h > 0, h, 1.0)),
 }
@@ -447,7 +502,7 @@ def test_every_rule_has_a_mutant() -> None:
 @pytest.mark.parametrize("name", MUTANTS)
 def test_verify_finds_rules_that_say_too_little(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     mutant, op = MUTANTS[name]
-    model, x = between(op, c=(6, 6, 1, 1)), torch.randn(4, 5)
+    model, x = between(op, c=(6, 6, 1, 1), w=(6, 6, 6)), torch.randn(4, 5)
     model.a = nn.MultiheadAttention(6, 2)
     verify(model, trace(model, x), x)
     for table in TABLES:

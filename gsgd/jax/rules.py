@@ -86,7 +86,8 @@ def contract(run: Run, shape: tuple[int, ...], a: int, b: int, *, dimension_numb
     made: list[tuple[Hashable, int]] = [("batch", i) for i in range(len(batch[0]))]
     made += [label for own in labels for label in own if isinstance(label[0], int)]
     why = "not by a matrix of weights that is read once"
-    return rules.contract(run.on, run.operand(a), labels[0], run.operand(b), labels[1], made, shape, why)
+    operands = [(run.operand(i), own) for i, own in zip((a, b), labels, strict=True)]
+    return rules.contract(run.on, operands, made, shape, why)
 
 
 def gather(

@@ -8,26 +8,24 @@ from torch import Tensor
 
 from gsgd.features import Features
 from gsgd.torch.run import Run
+from gsgd.torch.values import is_continuous
 from gsgd.trace import rules
 from gsgd.trace.nodes import Nodes, NotUnderstood, along
 from gsgd.trace.rules import Operand
 from gsgd.trace.weights import Labels
 
 
-def contracted(
-    run: Run, out: Tensor, a: Tensor, a_labels: Labels, b: Tensor, b_labels: Labels, labels: Labels
-) -> Nodes:
+def contracted(run: Run, out: Tensor, labels: Labels, *operands: tuple[Tensor, Labels]) -> Nodes:
     """A sum of products, with dimensions labelled as in einsum."""
-    why = [run.why_not_described(t) for t in (a, b)]
-    operands = [run.operand(t) for t in (a, b)]
-    otherwise = why[1] or why[0] or "by a feature"
-    return rules.contract(run.on, operands[0], a_labels, operands[1], b_labels, labels, out.shape, otherwise)
+    why = [run.why_not_described(t) for t, _ in operands]
+    otherwise = next(filter(None, reversed(why)), "by a feature")
+    return rules.contract(run.on, [(run.operand(t), own) for t, own in operands], labels, out.shape, otherwise)
 
 
 def linear(run: Run, out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Nodes:
     batch = range(-x.ndim + 1, 0)
     row = ("row",) * (weight.ndim - 1)
-    nodes = contracted(run, out, x, (*batch, "column"), weight, (*row, "column"), (*batch, *row))
+    nodes = contracted(run, out, (*batch, *row), (x, (*batch, "column")), (weight, (*row, "column")))
     if bias is None:
         return nodes
     name = run.described(bias)
@@ -42,7 +40,7 @@ def matmul(run: Run, out: Tensor, a: Tensor, other: Tensor) -> Nodes:
     row, column = ("row",) * (a.ndim > 1), ("column",) * (other.ndim > 1)
     batch = [range(-t.ndim + 2, 0) for t in (a, other)]
     labels = (*max(batch, key=len), *row, *column)
-    return contracted(run, out, a, (*batch[0], *row, "sum"), other, (*batch[1], "sum", *column), labels)
+    return contracted(run, out, labels, (a, (*batch[0], *row, "sum")), (other, (*batch[1], "sum", *column)))
 
 
 def add_matmul(run: Run, out: Tensor, x: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float = 1) -> Nodes:
@@ -50,11 +48,10 @@ def add_matmul(run: Run, out: Tensor, x: Tensor, a: Tensor, b: Tensor, *, beta: 
 
 
 def einsum(run: Run, out: Tensor, equation: str, *operands: Any) -> Nodes:
-    tensors = list(operands[0]) if len(operands) == 1 and not isinstance(operands[0], Tensor) else list(operands)
-    if not isinstance(equation, str) or len(tensors) != 2:
+    tensors = operands if isinstance(operands[0], Tensor) else operands[0]
+    if not isinstance(equation, str):
         raise NotUnderstood("of this form")
     given, _, result = equation.replace(" ", "").partition("->")
-    terms = given.split(",")
     if "->" not in equation:
         letters = [c for c in sorted(set(given) - set(",.")) if given.count(c) == 1]
         result = "..." * ("..." in given) + "".join(letters)
@@ -63,8 +60,66 @@ def einsum(run: Run, out: Tensor, equation: str, *operands: Any) -> Nodes:
         before, dots, after = term.partition("...")
         return (*before, *range(len(before) + len(after) - ndim, 0), *after) if dots else tuple(term)
 
-    (a, b), (x, y) = tensors, terms
-    return contracted(run, out, a, labels(x, a.ndim), b, labels(y, b.ndim), labels(result, out.ndim))
+    terms = [labels(term, t.ndim) for term, t in zip(given.split(","), tensors, strict=True)]
+    return contracted(run, out, labels(result, out.ndim), *zip(tensors, terms, strict=True))
+
+
+def outer(run: Run, out: Tensor, a: Tensor, b: Tensor) -> Nodes:
+    return contracted(run, out, ("row", "column"), (a, ("row",)), (b, ("column",)))
+
+
+def tensordot(run: Run, out: Tensor, a: Tensor, b: Tensor, dims: Any = 2) -> Nodes:
+    summed = (range(-dims, 0), range(dims)) if isinstance(dims, int) else dims
+    names: list[list[Any]] = [[(side, d) for d in range(t.ndim)] for side, t in enumerate((a, b))]
+    for number, places in enumerate(zip(*summed, strict=True)):
+        for own, d in zip(names, places, strict=True):
+            own[d] = number
+    labels = [label for own in names for label in own if isinstance(label, tuple)]
+    return contracted(run, out, labels, (a, names[0]), (b, names[1]))
+
+
+def bilinear(run: Run, out: Tensor, a: Tensor, b: Tensor, weight: Tensor, bias: Tensor | None = None) -> Nodes:
+    batch = tuple(range(-out.ndim + 1, 0))
+    nodes = contracted(run, out, (*batch, "row"), (a, (*batch, "a")), (b, (*batch, "b")), (weight, ("row", "a", "b")))
+    return nodes if bias is None else rules.add(run.on, Operand(nodes), run.operand(bias))
+
+
+def embedding(
+    run: Run,
+    out: Tensor,
+    places: Tensor,
+    table: Tensor,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> Nodes:
+    if is_continuous(places) or max_norm is not None or scale_grad_by_freq or sparse:
+        raise NotUnderstood("of this form")
+    labels = (*range(out.ndim - 1), "channel")
+    return rules.look_up(run.on, run.operand(table), ("place", "channel"), labels, out.shape)
+
+
+def embedding_bag(
+    run: Run,
+    out: Tensor,
+    places: Tensor,
+    table: Tensor,
+    offsets: Tensor | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    mode: str = "mean",
+    sparse: bool = False,
+    per_sample_weights: Tensor | None = None,
+    *_: Any,
+    **options: Any,
+) -> Nodes:
+    """Sums, means or maxima of entries of a table."""
+    if per_sample_weights is not None:
+        run.on.pin(run.nodes(per_sample_weights), f"{run.current}: as its weights")
+    return embedding(run, out, places, table, None, max_norm, norm_type, scale_grad_by_freq, sparse)
 
 
 def convolution(

@@ -8,7 +8,9 @@ from torch import Tensor
 
 from gsgd.torch.layers import written
 from gsgd.torch.run import Run
+from gsgd.trace import rules
 from gsgd.trace.nodes import Nodes, NotUnderstood
+from gsgd.trace.rules import Operand
 
 
 def normalization(
@@ -37,9 +39,11 @@ def pin_computed(run: Run, weight: Tensor | None) -> None:
 
 def affine(run: Run, out: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, dim: int) -> Nodes:
     """What a normalization over more than single channels does to these."""
-    if any(t is not None and t.ndim != 1 for t in (weight, bias)):
-        raise NotUnderstood("of more than one axis")
     pin_computed(run, weight)
+    if any(t is not None and t.ndim > 1 for t in (weight, bias)):  # every element has a weight
+        run.on.pin(run.nodes(x), "scale lost in normalization")
+        nodes = rules.multiply(run.on, Operand(run.on.fill(out.shape)), run.operand(weight))
+        return nodes if bias is None else rules.add(run.on, Operand(nodes), run.operand(bias))
     y = run.on.net.norm(run.on.read(run.nodes(x), dim), run.described(weight), run.described(bias))
     return written(run, y, bias, dim, out)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeAlias
 
@@ -73,8 +74,8 @@ class Owner:
         self._note()
 
     def has_changed(self) -> bool:
-        """Whether anything in the model was replaced."""
-        return not all(kept.get(name) is x for kept, name, x in self._held)
+        """Whether anything in the model was replaced. Every step asks, of thousands of modules: no loop in Python."""
+        return not all(map(operator.is_, map(dict.get, *self._places), self._held))
 
     def lost(self, tensors: Mapping[str, Tensor]) -> list[str]:
         """Names of those that the model no longer has. As it is now, it counts as unchanged."""
@@ -83,7 +84,6 @@ class Owner:
         return [name for name, p in tensors.items() if id(p) not in own]
 
     def _note(self) -> None:
-        kept = [held for module in self.model.modules() for held in (module._modules, module._parameters)]
-        self._held: list[tuple[dict[str, Any], str, Any]] = [
-            (held, name, x) for held in kept for name, x in held.items()
-        ]
+        dicts: list[dict[str, Any]] = [d for m in self.model.modules() for d in (m._modules, m._parameters)]
+        self._places = [d for d in dicts for _ in d], [name for d in dicts for name in d]
+        self._held = [x for d in dicts for x in d.values()]

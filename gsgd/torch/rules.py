@@ -47,6 +47,20 @@ def reduce(run: Run, out: Any, x: Tensor, dim: Any = None, *_: Any, axis: Any = 
     return run.on.collapse(nodes, [d % nodes.ndim for d in dims]).reshape(tensors_in(out)[0].shape)
 
 
+def cumulate(run: Run, out: Any, x: Tensor, dim: int = -1, *_: Any, **options: Any) -> Nodes:
+    """Of every line along `dim`, sums of some elements, or these in another order."""
+    return rules.pool(run.on, run.nodes(x), [dim % x.ndim], tensors_in(out)[0].shape)
+
+
+def topk(run: Run, out: Any, x: Tensor, k: int, dim: int = -1, *_: Any, **options: Any) -> Nodes:
+    return cumulate(run, out, x, dim)
+
+
+def sample(run: Run, out: Tensor, x: Tensor, grid: Tensor, *_: Any, **options: Any) -> Nodes:
+    run.on.pin(run.nodes(grid), f"{run.current}: as its places")
+    return interpolate(run, out, x)
+
+
 def extremum(run: Run, out: Any, a: Tensor, other: Any = None, *more: Any, **options: Any) -> Nodes:
     """Of two tensors, or of one along a dimension."""
     if not isinstance(other, Tensor):
@@ -138,6 +152,7 @@ def _made(rule: Callable[..., Any]) -> Rule:
     signature = inspect.signature(rule)
 
     def apply(run: Run, func: Callable[..., Any], args: Any, kwargs: Any, out: Any) -> Any:
+        kwargs = {name: value for name, value in kwargs.items() if name != "out"}  # it is None
         try:
             bound = signature.bind(run, out, *args, **kwargs)
         except TypeError as error:
@@ -168,7 +183,7 @@ ELEMENTWISE: dict[str, Rule] = {
     **dict.fromkeys((
         "abs", "absolute", "bfloat16", "clone", "contiguous", "cpu", "cuda", "double", "dropout", "dropout1d",
         "dropout2d", "dropout3d", "feature_dropout", "float", "half", "leaky_relu", "neg", "negative", "positive",
-        "relu", "requires_grad_", "rrelu", "to", "type", "type_as",
+        "relu", "requires_grad_", "rrelu", "to", "tril", "triu", "type", "type_as",
     ), _made(same)),
     **dict.fromkeys(("add", "rsub", "sub", "subtract"), _made(add)),
     **dict.fromkeys(("clamp", "clamp_min", "clip"), _made(clamp)),
@@ -182,6 +197,9 @@ ELEMENTWISE: dict[str, Rule] = {
 RULES: dict[str, Rule] = {
     "gather": _made(moves.gather),
     "batch_norm": _normalized,
+    "bilinear": _made(layers.bilinear),
+    **dict.fromkeys(("cummax", "cummin", "cumsum", "sort"), _made(cumulate)),
+    "topk": _made(topk),
     **dict.fromkeys((f"conv{n}d" for n in (1, 2, 3)), _made(layers.convolution)),
     **dict.fromkeys((f"conv_transpose{n}d" for n in (1, 2, 3)), _made(layers.transposed_convolution)),
     "__setitem__": _made(set_item),
@@ -194,9 +212,14 @@ RULES: dict[str, Rule] = {
     "instance_norm": _made(norms.instance_norm),
     "layer_norm": _made(norms.layer_norm),
     "linear": _made(layers.linear),
-    **dict.fromkeys(("__matmul__", "bmm", "matmul", "mm"), _made(layers.matmul)),
-    **dict.fromkeys(("addmm", "baddbmm"), _made(layers.add_matmul)),
+    **dict.fromkeys(("__matmul__", "bmm", "dot", "matmul", "mm", "mv"), _made(layers.matmul)),
+    **dict.fromkeys(("addmm", "addmv", "baddbmm"), _made(layers.add_matmul)),
     "einsum": _made(layers.einsum),
+    **dict.fromkeys(("ger", "outer"), _made(layers.outer)),
+    "tensordot": _made(layers.tensordot),
+    "embedding": _made(layers.embedding),
+    "embedding_bag": _made(layers.embedding_bag),
+    "grid_sample": _made(sample),
     "multi_head_attention_forward": _made(attention.multi_head_attention),
     "pad": _made(pad),
     "prelu": _made(prelu),
@@ -216,7 +239,8 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(LIKE - {"new_tensor"}, _made(make)),
     # each element of the result is an element of an argument
     **dict.fromkeys((
-        "T", "__getitem__", "broadcast_to", "cat", "channel_shuffle", "chunk", "concat", "concatenate", "dsplit",
+        "T", "__getitem__", "broadcast_to", "cat", "channel_shuffle", "chunk", "column_stack", "concat", "concatenate",
+        "diagonal", "dsplit", "fliplr", "flipud", "ravel", "rot90",
         "dstack", "expand", "expand_as", "flatten", "flip", "hsplit", "hstack", "index_select", "mT", "moveaxis",
         "movedim", "narrow", "permute", "pixel_shuffle", "pixel_unshuffle", "repeat", "repeat_interleave", "reshape",
         "reshape_as", "roll", "select", "split", "split_with_sizes", "squeeze", "stack", "swapaxes", "swapdims", "t",

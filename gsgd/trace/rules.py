@@ -62,10 +62,14 @@ def _bias(on: Algebra, w: Weight, x: Nodes) -> Nodes:
     rows = [first + d for d in w.long if len(w.long) == 1 or _has_several_units(on, x, first + d)]
     if not rows:
         raise NotUnderstood("of a constant")
-    shape = [n if d in rows else 1 for d, n in enumerate(x.shape)]
-    labels = range(x.ndim)
-    edges = layer(on, w, labels[first:], on.fill(()), (), rows, [x.shape[d] for d in rows], "bias")
-    return np.broadcast_to(edges.reshape(shape), x.shape)
+    return _from_one(on, w, on.fill(()), rows, x.shape, "bias")
+
+
+def _from_one(on: Algebra, w: Weight, source: Nodes, rows: Sequence[int], shape: Sequence[int], kind: str) -> Nodes:
+    """A parameter that is broadcast to `shape`, as edges from one node into a row for every place along `rows`."""
+    own = range(len(shape) - len(w.dims), len(shape))
+    edges = layer(on, w, own, source, (), rows, [shape[d] for d in rows], kind)
+    return np.broadcast_to(edges.reshape([n if d in rows else 1 for d, n in enumerate(shape)]), tuple(shape))
 
 
 def _has_several_units(on: Algebra, x: Nodes, dim: int) -> bool:
@@ -76,22 +80,21 @@ def _has_several_units(on: Algebra, x: Nodes, dim: int) -> bool:
 
 
 def multiply(on: Algebra, a: Operand, b: Operand) -> Nodes:
-    """A product scales as one factor if the other is pinned. A vector of one's own scales channels."""
+    """A product scales as one factor if the other is pinned. A parameter of one's own scales channels."""
     p, q = pair(a.nodes, b.nodes)
     for gain, x in ((b, p), (a, q)):
         w = gain.weight
-        if w is None or len(w.long) != 1 or (a if gain is b else b).weight is not None:
+        if w is None or not w.long or (a if gain is b else b).weight is not None:
             continue
         labels = tuple(range(x.ndim))
         own = labels[x.ndim - len(w.dims) :]
-        channel = own[w.long[0]]
+        rows = [own[d] for d in w.long]
         if on.is_pinned(x):
-            edges = layer(on, w, own, on.fill((), int(x.flat[0])), (), [channel], [x.shape[channel]], "scale")
-        elif [d for d in labels if x.strides[d] and x.shape[d] > 1] == [channel]:
-            edges = layer(on, w, own, x, labels, [channel], [x.shape[channel]], "scale")
-        else:  # another factor of the same units
-            continue
-        return along(edges, channel, x.shape)
+            return _from_one(on, w, on.fill((), int(x.flat[0])), rows, x.shape, "scale")
+        if [d for d in labels if x.strides[d] and x.shape[d] > 1] == rows and len(rows) == 1:
+            edges = layer(on, w, own, x, labels, rows, [x.shape[rows[0]]], "scale")
+            return along(edges, rows[0], x.shape)
+        # another factor of the same units
     return _product(on, p, q)
 
 
@@ -155,36 +158,37 @@ def pad(on: Algebra, nodes: Nodes, dim: int, before: int, after: int) -> Nodes:
 
 
 def contract(
-    on: Algebra,
-    a: Operand,
-    a_labels: Labels,
-    b: Operand,
-    b_labels: Labels,
-    labels: Labels,
-    shape: Sequence[int],
-    otherwise: str,
+    on: Algebra, operands: Sequence[tuple[Operand, Labels]], labels: Labels, shape: Sequence[int], otherwise: str
 ) -> Nodes:
-    """The sum of products of two values, with dimensions labelled as in einsum.
+    """The sum of products of values, with dimensions labelled as in einsum. All of them but one must be pinned.
 
-    A parameter of one's own is a layer. Otherwise these are sums over positions, weighted by what is pinned: the values
-    of attention, interpolation.
+    If one is a parameter of one's own, it is a layer that reads the other. Otherwise these are sums over positions,
+    weighted by what is pinned: the values of attention, interpolation.
     """
-    if any(len(set(found)) < len(found) for found in (a_labels, b_labels, labels)):
+    if any(len(set(found)) < len(found) for found in (labels, *(own for _, own in operands))):
         raise NotUnderstood("of this form")
-    if a.weight is not None and b.weight is not None:
+    weights = [(x.weight, own) for x, own in operands if x.weight is not None]
+    values = [(x.nodes, own) for x, own in operands if x.weight is None]
+    free = [(nodes, own) for nodes, own in values if not on.is_pinned(nodes)]
+    if len(weights) > 1:
         raise NotUnderstood("of two parameters")
-    for w, w_labels, x, x_labels in ((b.weight, b_labels, a, a_labels), (a.weight, a_labels, b, b_labels)):
-        if w is not None:
-            return layer(on, w, w_labels, x.nodes, x_labels, labels, shape)
-    pinned = [on.is_pinned(x.nodes) for x in (a, b)]
-    if pinned[0] == pinned[1]:
+    if len(free) > 1 or not (free or weights):
         raise NotUnderstood(otherwise)
-    nodes, own = (b.nodes, b_labels) if pinned[0] else (a.nodes, a_labels)
+    nodes, own = [*free, *values, (on.fill(()), ())][0]
+    for w, w_labels in weights:
+        return layer(on, w, w_labels, nodes, own, labels, shape)
     nodes = on.equal_along(nodes, [d for d, label in enumerate(own) if label not in labels], otherwise)
     kept = [label for label in labels if label in own]
     nodes = nodes.transpose([own.index(label) for label in (*kept, *(n for n in own if n not in labels))])
     view = [nodes.shape[kept.index(label)] if label in kept else 1 for label in labels]
     return np.broadcast_to(nodes.reshape(view), tuple(shape))
+
+
+def look_up(on: Algebra, table: Operand, table_labels: Labels, labels: Labels, shape: Sequence[int]) -> Nodes:
+    """Entries of a table of one's own, at whatever places: a layer that reads one-hot vectors."""
+    if table.weight is None:
+        raise NotUnderstood
+    return layer(on, table.weight, table_labels, on.fill(()), (), labels, shape, "embedding")
 
 
 def by_constants(
