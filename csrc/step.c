@@ -329,8 +329,11 @@ static int solve_chain(solver *s, int64_t v) {
         return 0;
     s->limited += r != plan->ratio[v];
     s->new_w[v] = s->in_w[v] * (plan->ratio[v] * s->inv_rho[plan->in_unit[v]]);
-    if (plan->type[array] == GSGD_FLOAT32 && fabs(s->new_w[v]) > FLT_MAX)
-        return 0;
+    if (plan->type[array] == GSGD_FLOAT32) {
+        if (fabs(s->new_w[v]) > FLT_MAX)
+            return 0;
+        s->new_w[v] = (float)s->new_w[v]; /* as it will be read */
+    }
     s->new_m[v] = m;
     s->new_v[v] = m2;
     return 1;

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -13,8 +12,8 @@ from hypothesis import strategies as st
 from networks import Array, Model, Params, models
 
 import gsgd
-from gsgd import _core
-from gsgd.blocks import PINNED
+from gsgd.core_shard import shard_plan
+from gsgd.layout import network_layout, part
 
 Ids = np.ndarray[Any, np.dtype[np.int64]]
 
@@ -90,106 +89,77 @@ def test_a_step_is_its_three_stages(model: Model, dtype: type, method: str, limi
 # shards
 
 
-def split(array: Array, axis: int, ranks: int) -> list[slice]:
-    """Where the ranks' parts lie along an axis: uneven, some of them empty."""
-    ends = np.linspace(0, array.shape[axis], ranks + 1).astype(int)
-    return [slice(a, b) for a, b in pairwise(ends)]
-
-
 class Shard:
     """The part of a network that one of several ranks holds: arrays cut along an axis, or whole.
 
-    Whole are those without that axis and every `uncut`-th; they are on all ranks, and the first counts them.
+    Parts are uneven, some of them empty, and every second entry is on another rank where they are `mixed`. Whole are
+    arrays without that axis and every `uncut`-th; they are on all ranks, and the first counts them.
     """
 
-    def __init__(self, whole: Whole, axis: int, rank: int, ranks: int, uncut: int = 100) -> None:
-        net, (in_edges, out_edges) = whole.model.net, whole.skeleton.edge_arrays
-        units, names = net.num_units, list(whole.params)
-        self.parts: list[tuple[slice, ...]] = []
-        counts = np.ones(len(names), dtype=bool)
+    def __init__(self, whole: Whole, axis: int, rank: int, ranks: int, uncut: int = 100, mixed: bool = False) -> None:
+        self.parts: list[tuple[Ids, ...]] = []
+        counts = []
         for i, w in enumerate(whole.weights):
+            index = [np.arange(n) for n in w.shape]
             cut = axis < w.ndim and (i + 1) % uncut != 0
-            counts[i] = cut or rank == 0
-            self.parts.append((slice(None),) * axis + (split(w, axis, ranks)[rank],) if cut else ())
-        self.specs: list[Any] = [
-            (n, w[part].shape, w.dtype.char) for n, w, part in zip(names, whole.weights, self.parts, strict=True)
-        ]
-        ends = [self._ends(net, b, whole.params[b.name].shape) for b in net.blocks]
-        self.blocks = [self._local(b, names.index(b.name), *ends[k]) for k, b in enumerate(net.blocks)]
-        here = [np.full((units, 2), (-1, 0)) for _ in range(2)]
-        source, destination, in_array = (np.full(units, x) for x in (PINNED, PINNED, -1))
-        free_in = np.zeros(units, dtype=bool)
-        for u in np.flatnonzero(in_edges[:, 0] >= 0):
-            for tree, edges, other in ((0, in_edges, source), (1, out_edges, destination)):
-                k, entry = edges[u]
-                at = net.blocks[k].index(int(entry))
-                other[u] = ends[k][1 - tree][at]
-                here[tree][u] = k, self._entry(net.blocks[k], names.index(net.blocks[k].name), at)
-                if here[tree][u, 1] < 0:
-                    here[tree][u] = -1, 0
-            in_array[u] = names.index(net.blocks[in_edges[u, 0]].name)
-        for v in np.flatnonzero(source >= 0):
-            free_in[v] = tuple(out_edges[source[v]]) == tuple(in_edges[v])
-        self.plan = _core.Plan(units, self.specs, self.blocks)
-        self.plan.set_shard(here[0], here[1], source, destination, in_array, free_in, counts)
-        self.plan.set_reference(*whole.scale)
+            if cut:
+                ends = np.linspace(0, w.shape[axis], ranks + 1).astype(int)
+                index[axis] = index[axis][rank::ranks] if mixed else index[axis][ends[rank] : ends[rank + 1]]
+            counts.append(cut or rank == 0)
+            self.parts.append(tuple(index))
         self.weights = self.take(whole.weights)
         self.m, self.v = self.take(whole.m), self.take(whole.v)
+        shapes = {name: w.shape for name, w in whole.params.items()}
+        t = part(network_layout(whole.model.net, shapes, *whole.skeleton.edge_arrays), self.parts)
+        self.plan = shard_plan(t, dict(zip(shapes, self.weights, strict=True)), counts)
+        self.plan.set_reference(*whole.scale)
 
     def take(self, arrays: list[Any]) -> list[Any]:
-        return [None if a is None else a[part].copy() for a, part in zip(arrays, self.parts, strict=True)]
-
-    @staticmethod
-    def _ends(net: gsgd.Network, b: Any, shape: tuple[int, ...]) -> tuple[Ids, Ids]:
-        """Unit ids of destination and source per entry of a parameter."""
-        groups, rows, cols, *_ = b.extents
-        assert groups == 1
-        found = []
-        for ids, at in ((b.rows.reshape(1, rows, 1, 1, 1, 1), 1), (b.cols.reshape(1, 1, cols, 1, 1, 1), 2)):
-            assert ids.size == b.extents[at]
-            of_entry = np.full(shape, PINNED)
-            b.view(of_entry)[...] = ids
-            found.append(of_entry)
-        return found[0], found[1]
-
-    def _axes(self, b: Any) -> tuple[int, list[int]]:
-        """The axis of rows, and the others: the first of them has columns, possibly with taps."""
-        row = b.dims[1].axis if b.dims[1].step else -1
-        return row, [a for a in range(len(self.specs[self._number][1])) if a != row]
-
-    def _local(self, b: Any, number: int, row_ids: Ids, col_ids: Ids) -> Any:
-        self._number = number
-        shape, part = self.specs[number][1], self.parts[number]
-        row, others = self._axes(b)
-        if b.dims[2].step:  # columns first
-            others.sort(key=lambda a: a != b.dims[2].axis)
-        axes = [0, max(row, 0), *others, *[0] * (4 - len(others))]
-        steps = [0, int(row >= 0), *[1] * len(others), *[0] * (4 - len(others))]
-        extents = [1, shape[row] if row >= 0 else 1, *(shape[a] for a in others), *[1] * (4 - len(others))]
-        rows, cols = row_ids[part], col_ids[part]
-        if rows.size:
-            rows = np.moveaxis(rows, row, 0).reshape(extents[1], -1)[:, 0]
-            cols = np.moveaxis(cols, others[0], 0).reshape(extents[2], -1)[:, 0] if others else cols.reshape(-1)[:1]
-        else:
-            rows, cols = np.full(extents[1], PINNED), np.full(extents[2], PINNED)
-        return (number, tuple(extents), tuple(axes), tuple(steps), 0, 0, rows.copy(), cols.copy())
-
-    def _entry(self, b: Any, number: int, at: tuple[int, ...]) -> int:
-        """The entry of the local block at an index of the whole parameter, or -1."""
-        local = list(at)
-        for a, part in enumerate(self.parts[number]):
-            if part.start is not None:
-                if not part.start <= at[a] < part.stop:
-                    return -1
-                local[a] -= part.start
-        _, extents, axes, steps, *_ = self.blocks[number]
-        return int(np.ravel_multi_index([local[a] if s else 0 for a, s in zip(axes, steps, strict=True)], extents))
+        return [None if a is None else a[np.ix_(*own)] for a, own in zip(arrays, self.parts, strict=True)]
 
 
 def total(shards: list[Shard], gradients: list[Array], clip_norm: float, trees: Any) -> Array:
     """The all-reduce of a step."""
     parts = [s.plan.gather(s.weights, s.take(gradients), None, s.m, s.v, clip_norm, trees, 1) for s in shards]
     return np.asarray(np.sum(parts, axis=0))
+
+
+def steps_alike(whole: Whole, shards: list[Shard], limits: tuple[float, float]) -> None:
+    """One sum of what all gather, the same solution everywhere; in clip_norm the tree weights of the step before."""
+    trees: Any = np.stack([np.append(0, x) for x in whole.scale[:2]])
+    for seed in range(3):
+        gradients = whole.gradients(seed)
+        clamped = whole.step(gradients, *limits)
+        gathered = total(shards, gradients, limits[1], trees)
+        has_edges = gathered[:2, 1:] != 0
+        np.testing.assert_array_equal(gathered[:2, 1:][has_edges], trees[:2, 1:][has_edges])
+        found = [s.plan.solve(gathered, None, whole.rates, *limits) for s in shards]
+        for s, (solved, count) in zip(shards, found, strict=True):
+            np.testing.assert_array_equal(solved, found[0][0])
+            assert count == clamped
+            s.plan.apply(s.weights, s.take(gradients), s.m, s.v, whole.rates, solved, 1)
+            for kind in ("weights", "m", "v"):
+                for mine, right in zip(getattr(s, kind), s.take(getattr(whole, kind)), strict=True):
+                    if mine is not None:
+                        np.testing.assert_allclose(mine, right, rtol=1e-11, atol=1e-13)
+        trees = found[0][0]
+
+
+@given(
+    models(),
+    st.sampled_from(list(METHODS)),
+    st.sampled_from(LIMITS),
+    st.integers(0, 3),
+    st.integers(2, 4),
+    st.sampled_from([2, 3, 100]),
+    st.booleans(),
+)
+def test_shards_step_as_the_whole(
+    model: Model, method: str, limits: tuple[float, float], axis: int, ranks: int, uncut: int, mixed: bool
+) -> None:
+    """Groups, taps, flattened images, fused rows: cut along any axis."""
+    whole = Whole(model, method)
+    steps_alike(whole, [Shard(whole, axis, rank, ranks, uncut, mixed) for rank in range(ranks)], limits)
 
 
 def dense_and_conv() -> Model:
@@ -203,30 +173,13 @@ def dense_and_conv() -> Model:
     return model.output(model.dense(x, 3))
 
 
-@pytest.mark.parametrize(("ranks", "uncut"), [(2, 100), (3, 100), (3, 2), (2, 3), (9, 100)])
-@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize(("ranks", "uncut"), [(3, 2), (9, 100)])
 @pytest.mark.parametrize("limits", LIMITS)
 @pytest.mark.parametrize("method", METHODS)
-def test_shards_step_as_the_whole(method: str, limits: tuple[float, float], axis: int, ranks: int, uncut: int) -> None:
-    """One sum of what all gather, the same solution everywhere; in clip_norm the tree weights of the step before."""
-    whole = Whole(dense_and_conv(), method)
-    shards = [Shard(whole, axis, rank, ranks, uncut) for rank in range(ranks)]
-    trees: Any = np.stack([np.append(0, x) for x in whole.scale[:2]])
-    for seed in range(5):
-        gradients = whole.gradients(seed)
-        clamped = whole.step(gradients, *limits)
-        gathered = total(shards, gradients, limits[1], trees)
-        np.testing.assert_array_equal(gathered[:2, 1:], trees[:2, 1:])
-        found = [s.plan.solve(gathered, None, whole.rates, *limits) for s in shards]
-        for s, (solved, count) in zip(shards, found, strict=True):
-            np.testing.assert_array_equal(solved, found[0][0])
-            assert count == clamped
-            s.plan.apply(s.weights, s.take(gradients), s.m, s.v, whole.rates, solved, 1)
-            for kind in ("weights", "m", "v"):
-                for mine, right in zip(getattr(s, kind), s.take(getattr(whole, kind)), strict=True):
-                    if mine is not None:
-                        np.testing.assert_allclose(mine, right, rtol=1e-12, atol=1e-14)
-        trees = found[0][0]
+def test_shards_of_every_method(method: str, limits: tuple[float, float], ranks: int, uncut: int) -> None:
+    for axis in (0, 1):
+        whole = Whole(dense_and_conv(), method)
+        steps_alike(whole, [Shard(whole, axis, rank, ranks, uncut) for rank in range(ranks)], limits)
 
 
 def test_what_is_not_finite_on_one_shard_is_known_to_all() -> None:

@@ -68,6 +68,7 @@ class PathOptimizer(torch.optim.Optimizer):
         self._seen: tuple[int, ...] = ()
         self._stats = Stats()
         super().__init__(named, defaults)
+        self._keep_place()
         tensors = self._tensors()
         for name in network.shapes:
             if name in tensors and tuple(tensors[name].shape) != network.shapes[name]:
@@ -135,7 +136,8 @@ class PathOptimizer(torch.optim.Optimizer):
     def __repr__(self) -> str:
         engine = self._current_engine()
         why = f" ({engine.why})" if engine.why else ""
-        return super().__repr__().replace("(", f"(\nengine: {engine.name}{why}", 1)
+        text = super().__repr__().replace("\n    gsgd: None", "")
+        return text.replace("(", f"(\nengine: {engine.name}{why}", 1)
 
     # parameters by name
 
@@ -340,7 +342,11 @@ class PathOptimizer(torch.optim.Optimizer):
         try:
             return super().state_dict()
         finally:
-            del self.param_groups[0]["gsgd"]
+            self._keep_place()
+
+    def _keep_place(self) -> None:
+        """Of what `state_dict` puts into the first group: torch restores flattened states by the keys of groups."""
+        self.param_groups[0]["gsgd"] = None
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Continue from `state_dict`. A state without "gsgd", of another optimizer, keeps this one's skeleton.
@@ -386,4 +392,5 @@ class PathOptimizer(torch.optim.Optimizer):
         for group in self.param_groups:
             for name in (*self.method.names(), "maximize"):  # a state of another optimizer may lack some
                 group.setdefault(name, self.defaults[name])
+        self._keep_place()
         self._engine, self._plan, self._seen, self._owner = None, None, (), None

@@ -24,7 +24,7 @@ def saved_skeleton(state_dict: Mapping[str, Any], num_units: int) -> tuple[Coord
     ValueError
         It is incomplete or of another network.
     """
-    saved = [group["gsgd"] for group in state_dict["param_groups"] if "gsgd" in group]
+    saved = [group["gsgd"] for group in state_dict["param_groups"] if group.get("gsgd") is not None]
     saved += [state_dict["gsgd"]] if "gsgd" in state_dict else []  # of version 0.1
     if not saved:
         return None

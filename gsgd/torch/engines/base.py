@@ -49,7 +49,7 @@ class Engine:
     """The parameters in the order of `tensors`, with real tensors that share their memory as it is now."""
 
     name: ClassVar[EngineName]
-    why: str | None = None  # why it is not the faster one that was tried first
+    why: str | None = None  # how it does that, or why it is not the faster one that was tried first
     steps_taken: list[Tensor] | None = None  # by every parameter, where the device counts them
 
     def __init__(self, net: Network, tensors: Mapping[str, Tensor]) -> None:
