@@ -18,6 +18,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
+TRITON := triton==3.9.0
+
 SOURCES := pyproject.toml setup.py MANIFEST.in constraints.txt $(wildcard csrc/*.* csrc/python/*) \
            $(shell find gsgd -name '*.py' -o -name '*.pyi' -o -name py.typed)
 VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
@@ -140,10 +142,13 @@ build/digits.bin: .venv/dev
 	    np.c_[x / 16, y].astype('f').tofile('$@')"
 
 # Stamps: the package and what it needs are installed anew only when a source is newer. The extension is also built
-# in place: a script in the checkout imports the checkout's gsgd/.
+# in place: a script in the checkout imports the checkout's gsgd/. Triton comes with CUDA builds of PyTorch; elsewhere its
+# interpreter and its compiler need no more of it than the tests do.
 .venv/demo .venv/dev .venv/docs .venv/wheel: .venv/%: $(SOURCES) | $(BIN)/python
 	$(PIP) ".[$*]" setuptools
 	$(BIN)/python setup.py -q build_ext --inplace
+	@[ $* != dev ] || $(BIN)/python -c 'import triton' 2>/dev/null || $(PIP) --no-deps $(TRITON) || \
+	    echo "$(TRITON) can't be installed here: its tests are skipped" >&2
 	@touch $@
 
 $(BIN)/python:

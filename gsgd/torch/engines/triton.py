@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -258,6 +258,12 @@ def _ratio_up(a: int, b: int) -> int:
     return -(-a // b)
 
 
+def runs_on(device: torch.device) -> bool:
+    """Whether kernels run there: in Triton's interpreter, which has to be asked for before Triton is imported, anywhere."""
+    interprets = triton.knobs.runtime.interpret and not isinstance(kernels.gather, triton.JITFunction)
+    return device.type == "cuda" or interprets
+
+
 class Upload:
     """A table on the device that is written where its values have changed, without waiting for the device."""
 
@@ -302,8 +308,10 @@ class TritonEngine(Engine):
     ) -> None:
         super().__init__(net, tensors)
         self.device = device = self.aliases[0].device
-        if device.type != "cuda" and not triton.knobs.runtime.interpret:
-            raise Unsupported(f"needs a CUDA device (or TRITON_INTERPRET=1), the parameters are on {device}")
+        if not runs_on(device):
+            raise Unsupported(
+                f"needs a CUDA device (or TRITON_INTERPRET=1 from the start), the parameters are on {device}"
+            )
         if torch.version.hip is not None:
             raise Unsupported("needs a CUDA device, not ROCm")
         for name, p in tensors.items():
@@ -327,7 +335,7 @@ class TritonEngine(Engine):
         self.squares = zeros(self.tiles + self.programs, torch.float64)
         self.solved = zeros(2 * self.programs, torch.int32)
         self.clip = torch.ones(1, dtype=torch.float64, device=device)
-        self.counted = zeros(2, torch.int64)
+        self.counted = zeros(len(fields(Stats)), torch.int64)
         self.counts = zeros(2 * count, torch.int64)
         self.steps_taken = list(self.counts[:count].unbind())
         self.arrays = Upload(7 * count, torch.int64, device)
@@ -362,13 +370,13 @@ class TritonEngine(Engine):
                     if x is not None and copy is not None and copy is not x:
                         x.copy_(copy)
         self.tell_autograd(gradients)
-        stats.steps += 1
 
     def _follow(self, stats: Stats) -> None:
         """From the first step on, the device counts."""
         if self.stats is not stats:
-            self.counted.copy_(torch.tensor([int(stats.clamped), int(stats.skipped)]))
-            stats.clamped, stats.skipped = self.counted.unbind()  # type: ignore[assignment]
+            self.counted.copy_(torch.tensor([int(n) for n in vars(stats).values()]))
+            for name, count in zip(vars(stats), self.counted.unbind(), strict=True):
+                setattr(stats, name, count)
             self.stats = stats
 
     def _apart(self, gradients: Tensors) -> Tensors:

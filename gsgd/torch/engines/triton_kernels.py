@@ -82,6 +82,9 @@ LR, MOMENTUM, WEIGHT_DECAY, SECOND, EPS, NESTEROV, DECOUPLED = map(tl.constexpr,
 LIMITS, NUMBERS = tl.constexpr(2), tl.constexpr(len(RATES))
 SGD, ADAM = tl.constexpr(0), tl.constexpr(1)
 
+# of gsgd.optimizer.Stats
+STEPS, CLAMPED, SKIPPED = map(tl.constexpr, range(3))
+
 FLOAT_MAX = tl.constexpr(3.4028234663852886e38)
 INT_MAX = tl.constexpr(2**31 - 1)
 MANY = tl.constexpr(1024)
@@ -458,7 +461,7 @@ def apply(
 ):  # fmt: skip
     """New weights and moments, in one pass; nothing if anything is not finite.
 
-    `stats` counts the ratios that were limited and the steps that were left out.
+    `stats` counts the steps, the ratios that were limited and the steps that were left out.
     """
     pid = tl.program_id(0)
     net = Net(ids, links, places, found, units)
@@ -469,8 +472,10 @@ def apply(
     if (first == 0) & (pid == 0):
         for i in range(0, programs, MANY):
             clamped += tl.sum(tl.load(solved + programs + i + many, i + many < programs, 0))
-        tl.store(stats, tl.load(stats) + tl.where(bad == 0, clamped, 0))
-        tl.store(stats + 1, tl.load(stats + 1) + tl.where(bad == 0, 0, 1))
+        taken = (bad == 0).to(tl.int64)
+        tl.store(stats + STEPS, tl.load(stats + STEPS) + taken)
+        tl.store(stats + CLAMPED, tl.load(stats + CLAMPED) + taken * clamped)
+        tl.store(stats + SKIPPED, tl.load(stats + SKIPPED) + 1 - taken)
         for i in range(0, count, MANY):
             here = i + many < tl.where(bad == 0, count, 0)
             tl.store(counts + i + many, tl.load(counts + count + i + many, here, 0), here)
