@@ -5,7 +5,8 @@
 #               make fuzz SEED=... repeats it
 # make lint     ruff, mypy, clang-format, and the compiler with warnings as errors
 # make bench    the step against PyTorch's optimizers; make bench-training: whole training steps;
-#               make bench-scaling: construction and step against the number of weights
+#               make bench-scaling: construction and step against the number of weights;
+#               make bench-gpu: steps and training steps on a GPU, where there is one
 # make lib      the C library: build/lib (libgsgd.a, libgsgd.so, pkgconfig/gsgd.pc) and build/include, to be copied to
 #               a prefix
 # make docs     the documentation as a site, in build/site; a broken link or any other warning is an error
@@ -29,7 +30,7 @@ CORE_FLAGS := -std=c11 -g -O1 -ffp-contract=off -fno-math-errno -Wall -Wextra -W
 SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=all
 OPENMP := $(shell echo 'int main(void) { return 0; }' | $(CC) -fopenmp -x c -o /dev/null - 2>/dev/null && echo -fopenmp)
 
-.PHONY: demo test fuzz lint bench bench-training bench-scaling lib docs wheel valgrind sanitize clean
+.PHONY: demo test fuzz lint bench bench-training bench-scaling bench-gpu lib docs wheel valgrind sanitize clean
 
 demo: .venv/demo
 	$(BIN)/python -P -m gsgd.demo
@@ -62,6 +63,9 @@ bench-training: .venv/dev
 
 bench-scaling: .venv/dev
 	$(BIN)/python benchmarks/scaling.py
+
+bench-gpu: .venv/dev
+	$(BIN)/python benchmarks/gpu.py
 
 lib: $(LIBRARY)
 

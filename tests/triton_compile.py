@@ -5,7 +5,6 @@ Run without TRITON_INTERPRET; it prints a line per kernel.
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 import torch
@@ -25,15 +24,16 @@ TYPES = {
     torch.int64: "*i64",
     torch.int32: "*i32",
 }
-CASES: list[tuple[torch.dtype, Any, dict[str, Any]]] = [
-    (torch.float32, GSGD, {"momentum": 0.9, "nesterov": True, "weight_decay": 0.01}),
-    (torch.float64, GSGD, {}),
-    (torch.bfloat16, GAdam, {"weight_decay": 0.01, "clip_norm": 1.0}),
-    (torch.float16, GRMSprop, {"momentum": 0.9}),
+# compute capability, and a step: every kernel for each, every method, and float32 and float64 arithmetic
+CASES: list[tuple[int, torch.dtype, Any, dict[str, Any]]] = [
+    (80, torch.float32, GSGD, {"momentum": 0.9, "nesterov": True, "weight_decay": 0.01}),
+    (90, torch.bfloat16, GAdam, {"weight_decay": 0.01, "clip_norm": 1.0}),
+    (80, torch.float64, GRMSprop, {"momentum": 0.9}),
 ]
 
 
 def compile_for(target: GPUTarget, kernel: Any, arguments: tuple[Any, ...], constants: dict[str, Any]) -> Any:
+    """A kernel, with the types of these arguments."""
     options = {"num_warps": constants.pop("num_warps"), "enable_fp_fusion": constants.pop("enable_fp_fusion")}
     runtime = dict(zip(kernel.arg_names, arguments, strict=False))
     signature = {n: TYPES[x.dtype] if isinstance(x, torch.Tensor) else "i32" for n, x in runtime.items()}
@@ -48,6 +48,8 @@ def main() -> None:
     launched: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
 
     class Recorder:
+        """In the place of a kernel: notes its launches."""
+
         def __init__(self, kernel: Any) -> None:
             self.kernel = kernel
 
@@ -56,7 +58,7 @@ def main() -> None:
 
     for name in ("gather", "solve", "apply"):
         setattr(engine.kernels, name, Recorder(getattr(engine.kernels, name)))
-    for dtype, method, options in CASES:
+    for capability, dtype, method, options in CASES:
         del launched[:]
         model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)).to(dtype)
         opt = method(model, engine="triton", **options)
@@ -64,9 +66,8 @@ def main() -> None:
             p.grad = torch.ones_like(p)
         opt.step()
         for kernel, arguments, constants in launched:
-            for capability in map(int, sys.argv[1:]):
-                built = compile_for(GPUTarget("cuda", capability, 32), kernel, arguments, dict(constants))
-                print(capability, kernel.__name__, dtype, len(built.asm["cubin"]), flush=True)
+            built = compile_for(GPUTarget("cuda", capability, 32), kernel, arguments, constants)
+            print(f"sm_{capability}", kernel.__name__, dtype, len(built.asm["cubin"]), flush=True)
 
 
 if __name__ == "__main__":
