@@ -3,6 +3,7 @@
 #               notebooks on the installed package
 # make fuzz     the property tests on other random examples than make test's: minutes. It prints its seed first, and
 #               make fuzz SEED=... repeats it
+# make test-wild  trace what other libraries ship: they are installed in build/wild; docs/architectures.md is written
 # make lint     ruff, mypy, clang-format, and the compiler with warnings as errors
 # make bench    the step against PyTorch's optimizers; make bench-training: whole training steps;
 #               make bench-scaling: construction and step against the number of weights
@@ -27,7 +28,7 @@ CORE_FLAGS := -std=c11 -g -O1 -ffp-contract=off -fno-math-errno -Wall -Wextra -W
 SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=all
 OPENMP := $(shell echo 'int main(void) { return 0; }' | $(CC) -fopenmp -x c -o /dev/null - 2>/dev/null && echo -fopenmp)
 
-.PHONY: demo test fuzz lint bench bench-training bench-scaling lib docs wheel valgrind sanitize clean
+.PHONY: demo test fuzz test-wild lint bench bench-training bench-scaling lib docs wheel valgrind sanitize clean
 
 demo: .venv/demo
 	$(BIN)/python -P -m gsgd.demo
@@ -44,6 +45,9 @@ fuzz: SEED := $(shell od -An -N4 -tu4 /dev/urandom | tr -d ' ')
 fuzz: .venv/dev
 	@echo "make fuzz SEED=$(SEED)"
 	$(BIN)/pytest -q -m hypothesis --hypothesis-profile=random --hypothesis-seed=$(SEED)
+
+test-wild: .venv/dev build/wild
+	PYTHONPATH=build/wild HF_HUB_OFFLINE=1 $(BIN)/pytest -q tests/test_wild.py
 
 lint: .venv/dev
 	$(BIN)/ruff check
@@ -92,6 +96,11 @@ sanitize: .venv/dev
 
 clean:
 	rm -rf .venv build dist *.egg-info gsgd/*.so
+
+build/wild: tests/wild.txt | $(BIN)/python
+	rm -rf $@
+	$(BIN)/python -m pip --disable-pip-version-check install --quiet --no-deps --target $@ --requirement $<
+	@touch $@
 
 build/core: $(CORE) $(wildcard csrc/*)
 	@mkdir -p build

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import models
@@ -367,7 +368,7 @@ def point_net() -> tuple[nn.Module, Inputs]:
 
     def points(*widths: int) -> nn.Sequential:
         layers: list[nn.Module] = []
-        for read, write in zip(widths, widths[1:], strict=False):
+        for read, write in pairwise(widths):
             layers += [nn.Conv1d(read, write, 1), nn.BatchNorm1d(write), nn.ReLU()]
         return nn.Sequential(*layers)
 
@@ -495,7 +496,7 @@ def encoder_decoder(norm_first: bool) -> Case:
 
 
 def decoder_only() -> tuple[nn.Module, Inputs]:
-    """A stack of `nn.TransformerEncoderLayer` with a causal mask and squared ReLU; head and embedding share a weight."""
+    """`nn.TransformerEncoderLayer` with a causal mask and squared ReLU; head and embedding share a weight."""
 
     def forward(m: Any, x: Tensor) -> Tensor:
         mask = nn.Transformer.generate_square_subsequent_mask(x.shape[1])
@@ -594,11 +595,12 @@ def tabular_resnet() -> tuple[nn.Module, Inputs]:
             self.norm, self.a, self.b = nn.BatchNorm1d(8), nn.Linear(8, 16), nn.Linear(16, 8)
 
         def forward(self, x: Tensor) -> Tensor:
-            return x + F.dropout(self.b(F.dropout(F.relu(self.a(self.norm(x))), 0.1, self.training)), 0.1, self.training)
+            y = F.dropout(F.relu(self.a(self.norm(x))), 0.1, self.training)
+            return x + F.dropout(self.b(y), 0.1, self.training)
 
-    return nn.Sequential(
-        nn.Linear(6, 8), Block(), Block(), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 1)
-    ), (vectors(6),)
+    return nn.Sequential(nn.Linear(6, 8), Block(), Block(), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 1)), (
+        vectors(6),
+    )
 
 
 class FeatureTokens(nn.Module):

@@ -14,7 +14,7 @@ from torch import nn
 
 
 def library(name: str) -> Any:
-    """The module of this name; of torchvision the part in Python will do, if the rest was compiled for another torch."""
+    """The module of this name. Of torchvision its Python will do, if the rest was compiled for another torch."""
     try:
         return import_module(name)
     except RuntimeError as error:
@@ -34,14 +34,31 @@ def torchvision(name: str, size: int = 64, part: str = "models", **options: Any)
     return build
 
 
+def _torchvision_resnet(**options: Any) -> tuple[nn.Module, Inputs]:
+    """One bottleneck in each stage."""
+    resnet = library("torchvision.models.resnet")
+    return resnet.ResNet(resnet.Bottleneck, [1, 1, 1, 1], **options), images(64)
+
+
 def timm(name: str, size: int = 64, **options: Any) -> Case:
     return lambda: (library("timm").create_model(name, pretrained=False, **options), images(size))
+
+
+def _mixer(**layers: str) -> Case:
+    """timm's mixers differ in layers of these names."""
+
+    def build() -> tuple[nn.Module, Inputs]:
+        mixers = library("timm.models.mlp_mixer")
+        chosen = {role: getattr(mixers, name) for role, name in layers.items()}
+        return mixers.MlpMixer(img_size=64, patch_size=16, num_blocks=2, embed_dim=32, **chosen), images(64)
+
+    return build
 
 
 def segmentation(name: str) -> Case:
     def build() -> tuple[nn.Module, Inputs]:
         model = getattr(library("segmentation_models_pytorch"), name)
-        return model("resnet18", encoder_weights=None, classes=3), images(64)
+        return model("timm-mobilenetv3_small_minimal_100", encoder_weights=None, classes=3), images(64)
 
     return build
 
@@ -140,67 +157,67 @@ def _graph() -> Inputs:
 SHIPPED: dict[str, dict[str, Case]] = {
     "torchvision": {
         "ResNet-18": torchvision("resnet18"),
-        "ResNet-50, 224 x 224": torchvision("resnet50", 224),
-        "ResNeXt-50": torchvision("resnext50_32x4d", width_per_group=1),
-        "WideResNet-50": torchvision("resnet50", width_per_group=32),
-        "DenseNet": torchvision(
-            "DenseNet", part="models.densenet", growth_rate=8, block_config=(2, 3), num_init_features=16
-        ),
-        "GoogLeNet, auxiliary heads": torchvision("googlenet", 96, init_weights=False),
+        "ResNet-50": torchvision("resnet50"),
+        "ResNeXt": lambda: _torchvision_resnet(groups=32, width_per_group=2),
+        "WideResNet": lambda: _torchvision_resnet(width_per_group=128),
+        "DenseNet": torchvision("DenseNet", growth_rate=8, block_config=(2, 3), num_init_features=16),
+        "GoogLeNet with auxiliary heads": torchvision("googlenet", 96, init_weights=False),
         "Inception-v3": torchvision("inception_v3", 96, init_weights=False, aux_logits=False),
         "SqueezeNet": torchvision("squeezenet1_1"),
         "MobileNet-v2": torchvision("mobilenet_v2", width_mult=0.25),
         "MobileNet-v3": torchvision("mobilenet_v3_small", width_mult=0.5),
         "MnasNet": torchvision("mnasnet0_5"),
         "ShuffleNet-v2": torchvision("shufflenet_v2_x0_5"),
-        "EfficientNet-B0": torchvision("efficientnet_b0"),
+        "EfficientNet": torchvision("efficientnet_b0"),
         "RegNet-X": torchvision("regnet_x_400mf"),
         "RegNet-Y": torchvision("regnet_y_400mf"),
-        "Swin-T": torchvision("swin_t"),
-        "FCN": torchvision("fcn_resnet50", part="models.segmentation", weights_backbone=None),
+        "Swin": torchvision(
+            "SwinTransformer", patch_size=[4, 4], embed_dim=24, depths=[1, 1], num_heads=[2, 4], window_size=[4, 4]
+        ),
         "DeepLab-v3": torchvision("deeplabv3_mobilenet_v3_large", part="models.segmentation", weights_backbone=None),
         "LR-ASPP": torchvision("lraspp_mobilenet_v3_large", part="models.segmentation", weights_backbone=None),
-        "ResNet in 3-d": lambda: (
-            library("torchvision.models.video").r3d_18(),
-            (torch.randn(2, 3, 4, 32, 32),),
-        ),
     },
     "timm": {
-        "ViT-B, 224 x 224": timm("vit_base_patch16_224", 224),
         "ViT": timm("vit_tiny_patch16_224", img_size=64, depth=2),
-        "DeiT": timm("deit_tiny_distilled_patch16_224", img_size=64, depth=2),
+        "DeiT, distilled": timm("deit_tiny_distilled_patch16_224", img_size=64, depth=2),
         "BEiT": timm("beit_base_patch16_224", img_size=64, depth=2, embed_dim=48, num_heads=4),
         "CaiT": timm("cait_xxs24_224", img_size=64, depth=2),
-        "Swin": timm("swin_tiny_patch4_window7_224", img_size=64, window_size=4, embed_dim=24, depths=(1, 1), num_heads=(2, 4)),
-        "Mixer": timm("mixer_s32_224", img_size=64, num_blocks=2, embed_dim=64),
-        "gMLP": timm("gmlp_ti16_224", img_size=64, num_blocks=2),
-        "ResMLP": timm("resmlp_12_224", img_size=64, num_blocks=2, embed_dim=64),
-        "PoolFormer": timm("poolformer_s12", layers=(1, 1), embed_dims=(16, 24)),
+        "Swin": timm(
+            "swin_tiny_patch4_window7_224", img_size=64, window_size=4, embed_dim=24, depths=(1, 1), num_heads=(2, 4)
+        ),
+        "Mixer": _mixer(),
+        "gMLP": _mixer(block_layer="SpatialGatingBlock", mlp_layer="GatedMlp"),
+        "ResMLP": _mixer(block_layer="ResBlock", norm_layer="Affine"),
+        "PoolFormer": timm("poolformer_s12", layers=(1, 1, 1, 1), embed_dims=(16, 24, 32, 40)),
         "ConvMixer": timm("convmixer_768_32", dim=32, depth=2),
-        "ConvNeXt": timm("convnext_atto", depths=(1, 1, 1, 1)),
+        "ConvNeXt": timm("convnext_atto", depths=(1, 1, 1, 1), dims=(16, 24, 32, 40)),
         "EfficientNet-Lite": timm("efficientnet_lite0"),
         "MobileNet-v1": timm("mobilenetv1_100"),
         "MobileNet-v4": timm("mobilenetv4_conv_small_050"),
         "RepVGG": timm("repvgg_a0"),
         "Res2Net": timm("res2net50_26w_4s", layers=(1, 1, 1, 1)),
-        "ResNeSt": timm("resnest14d"),
-        "SE-ResNet": timm("seresnet18"),
-        "SK-ResNet": timm("skresnet18"),
-        "ResNet-v2": timm("resnetv2_50", layers=(1, 1, 1, 1), width_factor=1),
+        "ResNeSt": timm("resnest14d", channels=(16, 24, 32, 40)),
+        "SE-ResNet": timm("seresnet18", layers=(1, 1, 1, 1), channels=(16, 24, 32, 40)),
+        "SK-ResNet": timm("skresnet18", layers=(1, 1, 1, 1), channels=(16, 24, 32, 40)),
+        "ResNet-v2": timm("resnetv2_50", layers=(1, 1, 1, 1), channels=(32, 48, 64, 96), stem_chs=16),
         "NF-ResNet": timm("nf_resnet26"),
         "CSP-ResNet": timm("cspresnet50"),
-        "DLA": timm("dla34"),
+        "DLA": timm("dla46_c"),
         "HRNet": timm("hrnet_w18_small"),
         "VoVNet": timm("ese_vovnet19b_dw"),
-        "Xception": timm("xception41"),
         "GhostNet": timm("ghostnet_050"),
-        "SelecSLS": timm("selecsls42"),
         "LeViT": timm("levit_128s", 224),
-        "Visformer": timm("visformer_tiny", img_size=64),
-        "Sequencer (LSTM)": timm("sequencer2d_s", layers=(1, 1), img_size=64, patch_sizes=(4, 2), embed_dims=(16, 16), hidden_sizes=(8, 8), mlp_ratios=(2, 2)),
+        "Sequencer (LSTM)": timm(
+            "sequencer2d_s",
+            layers=(1, 1),
+            patch_sizes=(4, 2),
+            embed_dims=(16, 16),
+            hidden_sizes=(8, 8),
+            mlp_ratios=(2, 2),
+        ),
     },
     "segmentation_models_pytorch": {
-        name: segmentation(name) for name in ("Unet", "UnetPlusPlus", "Linknet", "FPN", "PSPNet", "DeepLabV3Plus", "MAnet")
+        name: segmentation(name) for name in ("Unet", "Linknet", "FPN", "PSPNet", "DeepLabV3Plus", "MAnet")
     },
     "transformers": {
         "OPT": texts("OPTForCausalLM", **OPT),
@@ -239,4 +256,10 @@ SHIPPED: dict[str, dict[str, Case]] = {
         "TransformerConv": graph_layers("TransformerConv"),
         "GraphConv and pooling": graph_classifier,
     },
+}
+
+# of these the time of trace is of interest: they are as large as people train them
+LARGE: dict[str, Case] = {
+    "ResNet-50": torchvision("resnet50", 224),
+    "ViT-B/16": timm("vit_base_patch16_224", 224),
 }
