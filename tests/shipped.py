@@ -16,14 +16,12 @@ from torch import nn
 def library(name: str) -> Any:
     """The module of this name. Of torchvision its Python will do, if the rest was compiled for another torch."""
     try:
-        return import_module(name)
-    except RuntimeError as error:
-        if "torchvision::" not in str(error):
-            raise
-    for module in [m for m in sys.modules if m.partition(".")[0] in ("torchvision", name.partition(".")[0])]:
-        del sys.modules[module]
-    for operation in ("nms", "qnms"):
-        torch.library.define(f"torchvision::{operation}", "(Tensor dets, Tensor scores, float threshold) -> Tensor")
+        import_module("torchvision")
+    except RuntimeError:
+        for module in [m for m in sys.modules if m.partition(".")[0] == "torchvision"]:
+            del sys.modules[module]
+        for operation in ("nms", "qnms"):
+            torch.library.define(f"torchvision::{operation}", "(Tensor dets, Tensor scores, float threshold) -> Tensor")
     return import_module(name)
 
 
@@ -42,6 +40,10 @@ def _torchvision_resnet(**options: Any) -> tuple[nn.Module, Inputs]:
 
 def timm(name: str, size: int = 64, **options: Any) -> Case:
     return lambda: (library("timm").create_model(name, pretrained=False, **options), images(size))
+
+
+def timm_class(part: str, name: str, **options: Any) -> Case:
+    return lambda: (getattr(library(f"timm.models.{part}"), name)(**options), images(64))
 
 
 def _mixer(**layers: str) -> Case:
@@ -188,8 +190,8 @@ SHIPPED: dict[str, dict[str, Case]] = {
         "Mixer": _mixer(),
         "gMLP": _mixer(block_layer="SpatialGatingBlock", mlp_layer="GatedMlp"),
         "ResMLP": _mixer(block_layer="ResBlock", norm_layer="Affine"),
-        "PoolFormer": timm("poolformer_s12", layers=(1, 1, 1, 1), embed_dims=(16, 24, 32, 40)),
-        "ConvMixer": timm("convmixer_768_32", dim=32, depth=2),
+        "PoolFormer": timm_class("metaformer", "MetaFormer", depths=(1, 1, 1, 1), dims=(16, 24, 32, 40)),
+        "ConvMixer": timm_class("convmixer", "ConvMixer", dim=32, depth=2, act_layer=nn.ReLU),
         "ConvNeXt": timm("convnext_atto", depths=(1, 1, 1, 1), dims=(16, 24, 32, 40)),
         "EfficientNet-Lite": timm("efficientnet_lite0"),
         "MobileNet-v1": timm("mobilenetv1_100"),

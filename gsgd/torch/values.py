@@ -47,8 +47,9 @@ class Kind(IntEnum):
     """Of what a value is made."""
 
     FIXED = 0  # of constants and buffers: the same in every pass
-    VARYING = 1  # of integer inputs and random numbers, too
-    REAL = 2  # of weights and real inputs, too: on the meta device in a run without values
+    VARYING = 1  # of integer inputs, too
+    DRAWN = 2  # of random numbers, too
+    REAL = 3  # of weights and real inputs, too: on the meta device in a run without values
 
 
 class Kinds:
