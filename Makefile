@@ -5,6 +5,7 @@
 #               make fuzz SEED=... repeats it. Where clang is installed, libFuzzer then drives the C core for a minute
 # make soak     an hour (MINUTES=60) of steps, saves, copies, forks and refused steps at random: memory has to stay flat
 # make mutants  whether the tests notice some ninety changes of a line each: an hour
+# make test-wild  trace what other libraries ship: they are installed in build/wild; docs/architectures.md is written
 # make lint     ruff, mypy, clang-format, and the compiler with warnings as errors
 # make bench    the step against PyTorch's optimizers; make bench-training: whole training steps;
 #               make bench-scaling: construction and step against the number of weights;
@@ -64,6 +65,9 @@ soak: .venv/dev
 mutants: .venv/dev
 	$(BIN)/python tests/mutants.py
 
+test-wild: .venv/dev build/wild
+	PYTHONPATH=build/wild HF_HUB_OFFLINE=1 $(BIN)/pytest -q tests/test_wild.py
+
 lint: .venv/dev
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
@@ -121,6 +125,11 @@ sanitize-threads:
 
 clean:
 	rm -rf .venv build dist *.egg-info gsgd/*.so
+
+build/wild: tests/wild.txt | $(BIN)/python
+	rm -rf $@
+	$(BIN)/python -m pip --disable-pip-version-check install --quiet --no-deps --target $@ --requirement $<
+	@touch $@
 
 build/core: $(CORE) $(wildcard csrc/*)
 	@mkdir -p build

@@ -1,102 +1,195 @@
-"""Models of other libraries, as these make them: traced, verified, and trained for a step. Skipped where they lack."""
+"""Architectures, written here and as other libraries ship them: traced, verified, rescaled, and trained for a step.
+
+`make test` tries a dozen of them. `make test-wild` installs the libraries, tries all, and writes docs/architectures.md.
+"""
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable
-from typing import Any
+import copy
+import math
+import re
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from torch import nn
+from architectures import ARCHITECTURES, Case, Inputs
+from shipped import LARGE, SHIPPED
+from torch import Tensor, nn
 
-from gsgd.torch import GSGD, trace, verify
+from gsgd import Network
+from gsgd.torch import GSGD, rescale, trace, verify
+from gsgd.torch.follow import arguments, output_tensors
 
-IDS = torch.randint(0, 90, (2, 9), generator=torch.Generator().manual_seed(0))
-ONES = torch.ones_like(IDS)
-PADDED = torch.tensor([[1] * 6 + [0] * 3, [1] * 9])
-GRAPH = (torch.randn(6, 8), torch.randint(0, 6, (2, 20)))
+Key = tuple[str, str]  # where it is from, and its name
 
-
-def check(model: nn.Module, inputs: Any) -> int:
-    """How many units are found, in silence."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", message="the (traced|model)")
-        net = trace(model, inputs)
-    verify(model, net, inputs)
-    optimizer = GSGD(model, lr=0.01, network=net)
-    out = model(**inputs) if isinstance(inputs, dict) else model(*inputs)
-    y = out if isinstance(out, torch.Tensor) else out.logits
-    before = [p.detach().clone() for p in model.parameters()]
-    y.square().mean().backward()
-    optimizer.step()
-    assert not all(map(torch.equal, before, model.parameters()))
-    return net.num_units
-
-
-SIZE = {"vocab_size": 99, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
-TRANSFORMERS: dict[str, tuple[str, str, dict[str, Any]]] = {
-    "gpt2": ("GPT2LMHeadModel", "GPT2Config",
-             {"vocab_size": 99, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64,
-              "activation_function": "relu", "bos_token_id": 1, "eos_token_id": 2}),
-    "llama": ("LlamaForCausalLM", "LlamaConfig", {"intermediate_size": 64, "num_key_value_heads": 2, **SIZE}),
-    "opt": ("OPTForCausalLM", "OPTConfig",
-            {"ffn_dim": 64, "max_position_embeddings": 64, "word_embed_proj_dim": 32, **SIZE}),
-    "bert": ("BertForSequenceClassification", "BertConfig", {"intermediate_size": 64, "hidden_act": "relu", **SIZE}),
-}  # fmt: skip
-
-
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", TRANSFORMERS)
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_transformers(name: str, attention: str) -> None:
-    """With and without a mask; the caches that decoders return pin the values of attention."""
-    transformers = pytest.importorskip("transformers")
-    model_name, config_name, options = TRANSFORMERS[name]
-    config = getattr(transformers, config_name)(**options, attn_implementation=attention)
-    found = []
-    for more in ({}, {"attention_mask": ONES}, {"attention_mask": PADDED}, {"use_cache": False}):
-        if name == "bert" and "use_cache" in more:
-            continue
-        torch.manual_seed(0)
-        found.append(check(getattr(transformers, model_name)(config), {"input_ids": IDS, **more}))
-    assert len(set(found[:3])) == 1
-    assert found[0] >= 128  # the FFNs
-    assert len(found) == 3 or found[3] > found[0]
-
-
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_vit(attention: str) -> None:
-    transformers = pytest.importorskip("transformers")
-    size = {name: x for name, x in SIZE.items() if name != "vocab_size"}
-    config = transformers.ViTConfig(
-        **size, intermediate_size=64, hidden_act="relu", image_size=32, patch_size=8, attn_implementation=attention
-    )
-    torch.manual_seed(0)
-    assert check(transformers.ViTForImageClassification(config), {"pixel_values": torch.randn(2, 3, 32, 32)}) >= 128
-
-
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("more", [{}, {"attention_mask": PADDED}])
-def test_t5(more: dict[str, Any]) -> None:
-    transformers = pytest.importorskip("transformers")
-    config = transformers.T5Config(
-        vocab_size=99, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, decoder_start_token_id=0
-    )
-    torch.manual_seed(0)
-    model = transformers.T5ForConditionalGeneration(config)
-    assert check(model, {"input_ids": IDS, "decoder_input_ids": IDS, **more}) >= 256
-
-
-GRAPHS: dict[str, Callable[[Any], nn.Module]] = {
-    name: lambda g, name=name: getattr(g, name)(8, 12, 2, 3) for name in ("GCN", "GraphSAGE", "GIN", "GAT", "EdgeCNN")
+HERE = "Written for this test"
+DOZEN = (
+    "VGG-16 with batch norm", "feature pyramid", "MLP-Mixer with ReLU", "ViT with ReLU", "variational autoencoder",
+    "diffusion U-Net with ReLU", "CLIP", "dueling DQN", "NeRF", "GRU on packed sequences", "DLRM",
+    "transformer, pre-norm",
+)  # fmt: skip
+ALL: dict[Key, Case] = {
+    (origin, name): case for origin, cases in {HERE: ARCHITECTURES, **SHIPPED}.items() for name, case in cases.items()
 }
+IS_WILD = find_spec("timm") is not None
+PAGE = Path(__file__).parents[1] / "docs" / "architectures.md"
+pytestmark = pytest.mark.filterwarnings("ignore")
 
 
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", GRAPHS)
-def test_graph_networks(name: str) -> None:
-    library = pytest.importorskip("torch_geometric.nn")
+@dataclass(frozen=True)
+class Row:
+    units: int
+    share: float  # of the weights that meet a unit
+    seconds: float  # of trace
+    pinned: str
+
+
+@dataclass(frozen=True)
+class Found:
+    rows: dict[Key, Row] = field(default_factory=dict)
+    large: dict[str, float] = field(default_factory=dict)  # seconds
+
+
+@pytest.fixture(scope="module")
+def found() -> Iterator[Found]:
+    found = Found()
+    yield found
+    if found.rows.keys() == ALL.keys() and found.large.keys() == LARGE.keys():
+        PAGE.write_text(page(found))
+
+
+@pytest.mark.parametrize("key", ALL if IS_WILD else [(HERE, name) for name in DOZEN], ids=": ".join)
+def test_architecture(key: Key, found: Found) -> None:
     torch.manual_seed(0)
-    assert check(GRAPHS[name](library), GRAPH) >= 12
+    model, inputs = ALL[key]()
+    net, seconds = timed_trace(model, inputs)
+    assert net.num_units >= units_on_page().get(key, 0)
+    verify(model, net, inputs)
+    rescaled = copy.deepcopy(model)
+    # powers of 2 round nothing
+    rescale(rescaled, net, 2.0 ** np.random.default_rng(0).integers(-2, 3, net.num_units))
+    before = outputs(model, inputs)
+    assert all(torch.equal(y, x) for y, x in zip(outputs(rescaled, inputs), before, strict=True))
+    for m in (model, rescaled):
+        assert step(m, net, inputs) > 0
+    after = outputs(model, inputs)
+    assert 0 <= difference(outputs(rescaled, inputs), after) < 0.01 * difference(before, after)
+    found.rows[key] = Row(net.num_units, share(net, model), seconds, pinned(net, model))
+
+
+@pytest.mark.parametrize("name", LARGE if IS_WILD else ())
+def test_large_models_are_traced(name: str, found: Found) -> None:
+    net, found.large[name] = timed_trace(*LARGE[name]())
+    assert net.num_units > 0
+
+
+def timed_trace(model: nn.Module, inputs: Inputs) -> tuple[Network, float]:
+    start = time.process_time()
+    return trace(model, inputs), time.process_time() - start
+
+
+def outputs(model: nn.Module, inputs: Inputs) -> list[Tensor]:
+    """In evaluation."""
+    model.eval()
+    torch.manual_seed(0)
+    args, kwargs = arguments(inputs)
+    return [y.detach().clone() for y in output_tensors(model(*args, **kwargs))]
+
+
+def difference(a: list[Tensor], b: list[Tensor]) -> float:
+    return max(float((x - y).abs().max()) for x, y in zip(a, b, strict=True) if x.numel())
+
+
+def step(model: nn.Module, net: Network, inputs: Inputs) -> float:
+    """Take a step, in training; how much the loss falls."""
+    model.train()
+    optimizer = GSGD(model, lr=1e-4, network=net)
+    args, kwargs = arguments(inputs)
+    losses = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        ys = [y for y in output_tensors(model(*args, **kwargs)) if y.requires_grad]
+        loss = torch.stack([y.square().mean() for y in ys]).sum()
+        if not losses:
+            loss.backward()
+            optimizer.step()
+        losses.append(float(loss))
+    return losses[0] - losses[1]
+
+
+def share(net: Network, model: nn.Module) -> float:
+    """Of all weights, those that lead into a unit or out of one."""
+    met = 0
+    for block in net.blocks:
+        groups, _, _, *taps = block.extents
+        rows, cols = (units.reshape(groups, -1) >= 0 for units in (block.rows, block.cols))
+        met += int((rows[:, :, None] | cols[:, None, :]).sum()) * math.prod(taps)
+    return met / sum(p.numel() for p in model.parameters())
+
+
+def pinned(net: Network, model: nn.Module) -> str:
+    """What pins the channels that layers write, and what reads weights that are not described: the most frequent."""
+    written = [part.rows for layer in net.layers.values() for part in layer.parts]
+    nodes = np.unique(np.concatenate(written)).tolist() if written else []
+    usual = ("constant", "network input", "network output", "scale lost")  # they tell nothing of an architecture
+    channels = Counter(cause(why) for why in map(net.nodes.why, nodes) if why and not why.startswith(usual))
+    weights: Counter[str] = Counter()
+    for name, why in net.plain.items():
+        weights[cause(why)] += model.get_parameter(name).numel()
+    parts = [f"{why} ({n:,} channels)" for why, n in channels.most_common(3)]
+    return "; ".join(parts + [f"{why} ({n:,} weights)" for why, n in weights.most_common(2)])
+
+
+def cause(reason: str) -> str:
+    """A reason without the names of its module and its parameter."""
+    reason = re.sub(r" in (the model|[\w.]+)(?=:|$)", "", reason)
+    return re.sub(r"its weight \S+ is", "its weight is", reason)
+
+
+def page(found: Found) -> str:
+    large = " and ".join(f"{name} takes {seconds:.1f} s" for name, seconds in found.large.items())
+    lines = [PREFACE.format(number=len(found.rows), large=large)]
+    for origin in dict.fromkeys(origin for origin, _ in found.rows):
+        lines.append(HEAD.format(origin=origin))
+        lines += [
+            f"| {name} | {row.units:,} | {row.share:.1%} | yes | {row.seconds:.2f} s | {row.pinned} |"
+            for (of, name), row in found.rows.items()
+            if of == origin
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def units_on_page() -> dict[Key, int]:
+    """What the page says now: no architecture may come to have fewer."""
+    said, origin = {}, ""
+    for line in PAGE.read_text().splitlines() if PAGE.exists() else ():
+        origin = line.removeprefix("## ") if line.startswith("## ") else origin
+        if row := re.match(r"\| (.+?) \| ([\d,]+) \|", line):
+            said[origin, row[1]] = int(row[2].replace(",", ""))
+    return said
+
+
+PREFACE = """# Architectures
+
+What tracing makes of {number} architectures: written plainly, or as other libraries ship them, most of them made small,
+and called as their users call them. `make test-wild` tries all of them, and writes this page. Each is traced and
+verified. Then its units are rescaled by random powers of 2: its outputs stay the same in every bit. A step of G-SGD
+lowers its loss, and a step from the rescaled model leads to the same function.
+
+- **Units** can be rescaled. **Weights that meet one** lead into it or out of it; all others take plain steps.
+- **Trace** is what it takes on one core. At the sizes that people train, on images of 224 x 224, {large}.
+- **Pinned, and by what**: the operations that are not positively homogeneous, or not known, with the channels that
+  layers write for them, and what reads weights that are not described. Not listed is what every network has: its
+  outputs, and what a normalization reads (what it writes can be units).
+"""
+HEAD = """
+## {origin}
+
+| | units | weights that meet one | verified | trace | pinned, and by what |
+|---|---|---|---|---|---|"""

@@ -111,11 +111,15 @@ def _line_of(frame: FrameType | None) -> str:
 
 
 class Follow(TorchFunctionMode):
-    """Runs a model and hands every call of a torch function to `see`; with values if it is `real`."""
+    """Runs a model and hands every call of a torch function to `see`; with values if it is `real`.
 
-    def __init__(self, real: bool) -> None:
+    `uniform` takes the place of all random numbers between 0 and 1.
+    """
+
+    def __init__(self, real: bool, uniform: float | None = None) -> None:
         super().__init__()
-        self.real = real
+        self.real, self.uniform = real, uniform
+        self.drawn: list[str] = []  # lines that ask for the values of random numbers
         self.kind = Kinds()
         self.path: list[str] = []
         self.current = ""  # the function that is called, and the module
@@ -197,14 +201,18 @@ class Follow(TorchFunctionMode):
         tensors = tensors_in((args, kwargs))
         made_of = max((self.kind(t) for t in tensors[name in LIKE :]), default=Kind.FIXED)
         if name.strip("_") in DRAWING:
-            made_of = max(made_of, Kind.VARYING)
+            made_of = max(made_of, Kind.DRAWN)
         out, self.written = call(self.kind, func, name, args, kwargs, self.real)
+        if self.uniform is not None and name in ("rand", "rand_like"):
+            out = torch.full_like(out, self.uniform)
         results = tensors_in(out)
         if not self.real and made_of is Kind.REAL:  # what is known all the same was made of nothing else
             known = max((self.kind(t) for t in tensors if self.kind(t) < Kind.REAL), default=Kind.FIXED)
             self.kind.raise_to(known, [t for t in results if not t.is_meta])
             results = [t for t in results if t.is_meta]
         self.kind.raise_to(made_of, results + self.written)
+        if name in ASKING and made_of is Kind.DRAWN:
+            self.drawn.append(self.line or self.current)
         if name in ASKING and made_of is Kind.REAL:
             return self.ask(func, args, kwargs, out)
         if out is None or not all(isinstance(leaf, _LITERALS) for leaf in tree_leaves(out)):

@@ -30,7 +30,7 @@ def linear(run: Run, out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None
         return nodes
     name = run.described(bias)
     if name is None:
-        return written(run, run.on.net.features(nodes[0]), bias, -1, out)
+        return written(run, run.on.read(nodes, -1), bias, -1, out)
     if run.operand(weight).weight is None:
         return rules.add(run.on, Operand(nodes), run.operand(bias))
     return along(run.on.net.bias(name, run.on.read(nodes, -1)).per_feature, -1, out.shape)

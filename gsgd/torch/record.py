@@ -22,6 +22,7 @@ from gsgd.warn import warn
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]  # positional and keyword
 
 _TRIED_SIZES = (224, 32, 28, 64, 96, 128, 256, 299, 16, 8)  # spatial extents, when no example inputs are given
+_EXTREMES = (0.0, 1 - 2**-24)  # of random numbers between 0 and 1
 _NUDGES = (1e-6, 1.0)  # a number that is asked for is changed by so much of it, to see whether it is used
 
 
@@ -91,6 +92,12 @@ def record(model: nn.Module, names: Mapping[str, str], given: Arguments | None, 
         used |= numbers
     if outside:
         _warn_of_choices(model, outside.values())
+    if first.drawn and any(_is_other(first, partial(run, inputs, uniform=x)) for x in _EXTREMES):
+        warnings.warn(
+            f"the model branches on random numbers, at {', '.join(dict.fromkeys(first.drawn))}: the network is that of "
+            "one branch. Pass verify, which tries several, or switch that off",
+            stacklevel=3,
+        )
     live = _live(first, used)
     reads = Counter(t for i in live for t in first.calls[i].counted)
     shared = shared_parameters(model)
@@ -225,9 +232,15 @@ class _Run(Follow):
     """Records the calls of one pass, and what must be known in the end."""
 
     def __init__(
-        self, real: bool, originals: set[int], ghost: nn.Module, inputs: Arguments, nudge: float = 0.0
+        self,
+        real: bool,
+        originals: set[int],
+        ghost: nn.Module,
+        inputs: Arguments,
+        nudge: float = 0.0,
+        uniform: float | None = None,
     ) -> None:
-        super().__init__(real)
+        super().__init__(real, uniform)
         self.originals, self.nudge = originals, nudge
         self.calls: list[_Call] = []
         self.alive: list[Tensor] = []  # identities stay those of these tensors
@@ -285,6 +298,14 @@ def _differ(run: _Run, nudged: _Run) -> bool:
     """Whether numbers that are asked for go into the calls that follow. Other calls are another choice."""
     same = run.names == nudged.names
     return same and [call.numbers for call in run.calls] != [call.numbers for call in nudged.calls]
+
+
+def _is_other(first: _Run, run: Callable[[], _Run]) -> bool:
+    """Whether this run makes other calls than the first, or fails."""
+    try:
+        return run().names != first.names
+    except ValueError:
+        return True
 
 
 def _live(run: _Run, used: Collection[int]) -> set[int]:

@@ -34,10 +34,10 @@ ASKING = {
 }
 # how much they give depends on values
 SELECTING = {"argwhere", "masked_select", "nonzero", "unique", "unique_consecutive"}
-# they take indices, whose values tell the shapes of what they select
+# they take indices or lengths, whose values tell the shapes of what they select
 _INDEXING = {
-    "__getitem__", "__setitem__", "_pack_padded_sequence", "embedding", "gather", "index_put", "index_put_",
-    "index_select", "repeat_interleave", "take_along_dim",
+    "__getitem__", "__setitem__", "_pack_padded_sequence", "_pad_packed_sequence", "embedding", "gather", "gru",
+    "index_put", "index_put_", "index_select", "lstm", "repeat_interleave", "rnn_relu", "rnn_tanh", "take_along_dim",
 }
 # fmt: on
 _CPU = torch.device("cpu")
@@ -47,8 +47,9 @@ class Kind(IntEnum):
     """Of what a value is made."""
 
     FIXED = 0  # of constants and buffers: the same in every pass
-    VARYING = 1  # of integer inputs and random numbers, too
-    REAL = 2  # of weights and real inputs, too: on the meta device in a run without values
+    VARYING = 1  # of integer inputs, too
+    DRAWN = 2  # of random numbers, too
+    REAL = 3  # of weights and real inputs, too: on the meta device in a run without values
 
 
 class Kinds:
