@@ -4,8 +4,8 @@
 # make fuzz     the property tests on other random examples than make test's: minutes. It prints its seed first, and
 #               make fuzz SEED=... repeats it. Where clang is installed, libFuzzer then drives the C core for a minute
 # make soak     an hour (MINUTES=60) of steps, saves, copies, forks and refused steps at random: memory has to stay flat
-# make mutants  whether the tests notice some ninety changes of a line each: an hour
-# make test-wild  trace what other libraries ship: they are installed in build/wild; docs/architectures.md is written
+# make mutants      whether the tests notice some ninety changes of a line each: an hour
+# make test-wild    trace what other libraries ship, which is installed in build/wild, and write docs/architectures.md
 # make lint     ruff, mypy, clang-format, and the compiler with warnings as errors
 # make bench    the step against PyTorch's optimizers; make bench-training: whole training steps;
 #               make bench-scaling: construction and step against the number of weights;

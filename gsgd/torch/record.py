@@ -93,10 +93,9 @@ def record(model: nn.Module, names: Mapping[str, str], given: Arguments | None, 
     if outside:
         _warn_of_choices(model, outside.values())
     if first.drawn and any(_is_other(first, partial(run, inputs, uniform=x)) for x in _EXTREMES):
-        warnings.warn(
+        warn(
             f"the model branches on random numbers, at {', '.join(dict.fromkeys(first.drawn))}: the network is that of "
             "one branch. Pass verify, which tries several, or switch that off",
-            stacklevel=3,
         )
     live = _live(first, used)
     reads = Counter(t for i in live for t in first.calls[i].counted)
