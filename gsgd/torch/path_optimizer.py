@@ -258,7 +258,8 @@ class PathOptimizer(torch.optim.Optimizer):
         tensors = self._tensors()
         if (self._coordinates.in_edges[:, 0] >= 0).all() or any_sharded(tensors):
             return
-        if torch.cuda.is_current_stream_capturing():  # a replay would not come here
+        on_cuda = any(p.is_cuda for p in tensors.values())
+        if on_cuda and torch.cuda.is_current_stream_capturing():  # a replay would not come here
             return
         joined = join(self.network, self._values(), self._coordinates, self._options.rule)
         if joined is None:
