@@ -3,7 +3,7 @@
 #               notebooks on the installed package
 # make fuzz     the property tests on other random examples than make test's: minutes. It prints its seed first, and
 #               make fuzz SEED=... repeats it
-# make mutants  whether the tests notice some ninety changes of a line each: an hour
+# make mutants  whether the tests notice some ninety changes of a line each: most of an hour
 # make lint     ruff, mypy, clang-format, and the compiler with warnings as errors
 # make bench    the step against PyTorch's optimizers; make bench-training: whole training steps;
 #               make bench-scaling: construction and step against the number of weights
