@@ -2,7 +2,7 @@
 # make test     the C core under sanitizers (the same bits with and without OpenMP), then the Python suite and the
 #               notebooks on the installed package
 # make fuzz     the property tests on other random examples than make test's: minutes. It prints its seed first, and
-#               make fuzz SEED=... repeats it
+#               make fuzz SEED=... repeats it. Where clang is installed, libFuzzer then drives the C core for a minute
 # make lint     ruff, mypy, clang-format, and the compiler with warnings as errors
 # make bench    the step against PyTorch's optimizers; make bench-training: whole training steps;
 #               make bench-scaling: construction and step against the number of weights
@@ -32,10 +32,11 @@ OPENMP := $(shell echo 'int main(void) { return 0; }' | $(CC) -fopenmp -x c -o /
 demo: .venv/demo
 	$(BIN)/python -P -m gsgd.demo
 
-test: .venv/dev build/core-sanitize build/core-sanitize-serial build/mlp build/digits.bin
+test: .venv/dev build/core-sanitize build/core-sanitize-serial build/fuzz build/mlp build/digits.bin
 	build/core-sanitize >build/core.out
 	build/core-sanitize-serial >build/core-serial.out
 	cmp build/core.out build/core-serial.out
+	build/fuzz 0 500
 	build/mlp build/digits.bin
 	$(BIN)/pytest -q
 	GSGD_EPOCHS=2 $(BIN)/pytest -q --nbmake notebooks
@@ -44,12 +45,16 @@ fuzz: SEED := $(shell od -An -N4 -tu4 /dev/urandom | tr -d ' ')
 fuzz: .venv/dev
 	@echo "make fuzz SEED=$(SEED)"
 	$(BIN)/pytest -q -m hypothesis --hypothesis-profile=random --hypothesis-seed=$(SEED)
+	if command -v clang >/dev/null; then mkdir -p build/corpus && \
+	    clang $(CORE_FLAGS) -DLIBFUZZER -fsanitize=fuzzer $(SANITIZE) tests/fuzz.c csrc/*.c -lm -o build/libfuzzer && \
+	    build/libfuzzer -seed=$(SEED) -max_total_time=60 -max_len=1024 -verbosity=0 build/corpus; \
+	else echo "libFuzzer was not run: apt install clang"; fi
 
 lint: .venv/dev
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy gsgd
-	$(BIN)/clang-format --dry-run -Werror $(wildcard csrc/*.[ch] csrc/*.inc csrc/python/*.[ch] examples/*.c) tests/core.c
+	$(BIN)/clang-format --dry-run -Werror $(wildcard csrc/*.[ch] csrc/*.inc csrc/python/*.[ch] examples/*.c tests/*.c)
 	GSGD_WERROR=1 $(BIN)/python setup.py -q build_ext --force --build-lib build/lint --build-temp build/lint
 
 bench: .venv/dev
@@ -104,6 +109,10 @@ build/core-sanitize: $(CORE) $(wildcard csrc/*)
 build/core-sanitize-serial: $(CORE) $(wildcard csrc/*)
 	@mkdir -p build
 	$(CC) $(CORE_FLAGS) $(SANITIZE) $(CORE) -lm -o $@
+
+build/fuzz: tests/fuzz.c $(wildcard csrc/*)
+	@mkdir -p build
+	$(CC) $(CORE_FLAGS) $(SANITIZE) $(OPENMP) $< $(wildcard csrc/*.c) -lm -o $@
 
 # The first two numbers of a version name the library's interface.
 OBJECTS := $(patsubst csrc/%.c,build/object/%.o,$(wildcard csrc/*.c))
