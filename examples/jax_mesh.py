@@ -81,7 +81,7 @@ def train(mesh: Mesh, cut: Any) -> None:
         losses.append(float(value))
     w = params[1]["w"]
     part = w.addressable_shards[0].data.shape
-    print(f"{cut.__name__}: each of {mesh.size} devices holds {part} of {w.shape}, loss {losses[0]:.3f} -> {losses[-1]:.3f}")
+    print(f"{cut.__name__}: a device holds {part} of {w.shape}, loss {losses[0]:.3f} -> {losses[-1]:.3f}")
 
 
 def main() -> None:
