@@ -3,6 +3,7 @@
 #               notebooks on the installed package
 # make fuzz     the property tests on other random examples than make test's: minutes. It prints its seed first, and
 #               make fuzz SEED=... repeats it. Where clang is installed, libFuzzer then drives the C core for a minute
+# make soak     an hour (MINUTES=60) of steps, saves, copies, forks and refused steps at random: memory has to stay flat
 # make lint     ruff, mypy, clang-format, and the compiler with warnings as errors
 # make bench    the step against PyTorch's optimizers; make bench-training: whole training steps;
 #               make bench-scaling: construction and step against the number of weights
@@ -10,7 +11,8 @@
 #               a prefix
 # make docs     the documentation as a site, in build/site; a broken link or any other warning is an error
 # make wheel    dist/: a manylinux wheel and the source distribution, each tried in an environment of its own
-# make valgrind, make sanitize    the C core under valgrind; the Python suite with a sanitized extension
+# make valgrind, make sanitize, make sanitize-threads    the C core under valgrind; the Python suite with a sanitized
+#               extension; the C core under clang's thread sanitizer
 #
 # Everything is installed in .venv, made with $(PYTHON).
 
@@ -27,7 +29,7 @@ CORE_FLAGS := -std=c11 -g -O1 -ffp-contract=off -fno-math-errno -Wall -Wextra -W
 SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=all
 OPENMP := $(shell echo 'int main(void) { return 0; }' | $(CC) -fopenmp -x c -o /dev/null - 2>/dev/null && echo -fopenmp)
 
-.PHONY: demo test fuzz lint bench bench-training bench-scaling lib docs wheel valgrind sanitize clean
+.PHONY: demo test fuzz soak lint bench bench-training bench-scaling lib docs wheel valgrind sanitize sanitize-threads clean
 
 demo: .venv/demo
 	$(BIN)/python -P -m gsgd.demo
@@ -49,6 +51,10 @@ fuzz: .venv/dev
 	    clang $(CORE_FLAGS) -DLIBFUZZER -fsanitize=fuzzer $(SANITIZE) tests/fuzz.c csrc/*.c -lm -o build/libfuzzer && \
 	    build/libfuzzer -seed=$(SEED) -max_total_time=60 -max_len=1024 -verbosity=0 build/corpus; \
 	else echo "libFuzzer was not run: apt install clang"; fi
+
+soak: MINUTES := 60
+soak: .venv/dev
+	PYTHONPATH=tests $(BIN)/python -W ignore tests/soak.py --minutes $(MINUTES) $(if $(SEED),--seed $(SEED))
 
 lint: .venv/dev
 	$(BIN)/ruff check
@@ -94,6 +100,13 @@ sanitize: .venv/dev
 	GSGD_SANITIZE=1 $(BIN)/python setup.py -q build --build-base build/sanitize --build-lib build/sanitize/lib
 	PYTHONPATH=build/sanitize/lib PYTHONMALLOC=malloc ASAN_OPTIONS=detect_leaks=0 \
 	    LD_PRELOAD="$$($(CC) -print-file-name=libasan.so) $$($(CC) -print-file-name=libubsan.so)" $(BIN)/pytest -q
+
+# libomp comes with what tells the thread sanitizer of OpenMP's own synchronization; gcc's libgomp has no such thing.
+sanitize-threads:
+	@mkdir -p build
+	clang $(CORE_FLAGS) -fopenmp -fsanitize=thread $(CORE) -lm -o build/core-threads || \
+	    { echo "clang or its OpenMP is missing: apt install clang libomp-dev" >&2; exit 1; }
+	OMP_NUM_THREADS=4 TSAN_OPTIONS=ignore_noninstrumented_modules=1 build/core-threads
 
 clean:
 	rm -rf .venv build dist *.egg-info gsgd/*.so
