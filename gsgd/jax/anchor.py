@@ -149,10 +149,8 @@ def join(
     places: dict[str, list[tuple[int, ...]]] = {name: [] for name in trees.shapes}
     for name, index in found.places(trees.network, units):
         places[name].append(index)
-    new = (
-        jax.device_put(np.append(x, 1.0).astype(old.dtype), old.sharding)
-        for x, old in zip(found.scale, reference, strict=True)
-    )
+    new = [jnp.asarray(np.append(x, 1.0), old.dtype) for x, old in zip(found.scale, reference, strict=True)]
+    new = [jax.device_put(x, old.sharding) if old.committed else x for x, old in zip(new, reference, strict=True)]
     of = Trees.of(trees.method, trees.network, trees.rule, trees.shapes, found.edges)
     return {of: Reference(*new)}, list(places.values())
 
