@@ -266,12 +266,10 @@ class PathOptimizer(torch.optim.Optimizer):
             return
         self._coordinates, units = joined
         self._engine = None
-        for edges in self._coordinates.edges:  # their moments were of other coordinates
-            for k, entry in edges[units].tolist():
-                block = self.network.blocks[k]
-                state = self.state.get(tensors[block.name], {})
-                for moment in (state[name] for name in self.moments if state.get(name) is not None):
-                    moment[block.index(entry)] = 0
+        for name, index in self._coordinates.places(self.network, units):  # their moments were of other coordinates
+            state = self.state.get(tensors[name], {})
+            for moment in (state[key] for key in self.moments if state.get(key) is not None):
+                moment[index] = 0
 
     def _leave_out(self, lost: list[str]) -> None:
         """Parameters that are no longer the model's take no part any more, nor their units."""
