@@ -67,11 +67,6 @@ PRODUCTS: dict[str, tuple[Op, dict[str, tuple[int, ...]], int]] = {
     ),
     "summed by segments": (lambda p, h: jax.ops.segment_sum(h, jnp.array([0, 2, 2, 1]), 4), {}, 6),
     "written in place": (lambda p, h: h.at[jnp.array([0, 2])].max(h[1:3] @ p["w"]), {"w": (6, 6)}, 6),
-    "a gain of two axes": (
-        lambda p, h: jax.nn.relu(jnp.ones((4, 2, 3)) * p["g"]).reshape(4, 6) + h,
-        {"g": (2, 3)},
-        6,
-    ),
     "a gain": (lambda p, h: h * p["g"], {"g": (6,)}, 12),
     "layer scale": (lambda p, h: h + p["g"] * jax.nn.relu(h @ p["w"]), {"g": (6,), "w": (6, 6)}, 12),
     "gated": (lambda p, h: jax.nn.silu(h @ p["v"]) * (h @ p["w"]), {"v": (6, 6), "w": (6, 6)}, 12),

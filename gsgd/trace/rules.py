@@ -80,20 +80,20 @@ def _has_several_units(on: Algebra, x: Nodes, dim: int) -> bool:
 
 
 def multiply(on: Algebra, a: Operand, b: Operand) -> Nodes:
-    """A product scales as one factor; the other is pinned. A parameter of one's own scales channels."""
+    """A product scales as one factor; the other is pinned. A vector of one's own scales channels."""
     p, q = pair(a.nodes, b.nodes)
     for gain, x in ((b, p), (a, q)):
         w = gain.weight
-        if w is None or not w.long or (a if gain is b else b).weight is not None:
+        if w is None or len(w.long) != 1 or (a if gain is b else b).weight is not None:
             continue
         labels = tuple(range(x.ndim))
         own = labels[x.ndim - len(w.dims) :]
-        rows = [own[d] for d in w.long]
+        channel = own[w.long[0]]
         if on.is_pinned(x):
-            return _from_one(on, w, on.fill((), int(x.flat[0])), rows, x.shape, "scale")
-        if [d for d in labels if x.strides[d] and x.shape[d] > 1] == rows and len(rows) == 1:
-            edges = layer(on, w, own, x, labels, rows, [x.shape[rows[0]]], "scale")
-            return along(edges, rows[0], x.shape)
+            return _from_one(on, w, on.fill((), int(x.flat[0])), [channel], x.shape, "scale")
+        if [d for d in labels if x.strides[d] and x.shape[d] > 1] == [channel]:
+            edges = layer(on, w, own, x, labels, [channel], [x.shape[channel]], "scale")
+            return along(edges, channel, x.shape)
         # another factor of the same units
     return _product(on, p, q)
 
@@ -103,6 +103,15 @@ def divide(on: Algebra, a: Nodes, b: Nodes) -> Nodes:
     p, q = pair(a, b)
     on.pin(q, "divides a feature")
     return p
+
+
+def normalize(on: Algebra, x: Nodes, gain: Operand) -> Nodes:
+    """A normalization over several dimensions, with a weight for every element."""
+    on.pin(x, "scale lost in normalization")
+    if gain.weight is None:
+        return on.fill(x.shape)
+    rows = [x.ndim - gain.ndim + d for d in gain.weight.long]
+    return _from_one(on, gain.weight, on.fill(()), rows, x.shape, "norm")
 
 
 def _product(on: Algebra, p: Nodes, q: Nodes) -> Nodes:
