@@ -5,7 +5,8 @@
 #               make fuzz SEED=... repeats it
 # make lint     ruff, mypy, clang-format, and the compiler with warnings as errors
 # make bench    the step against PyTorch's optimizers; make bench-training: whole training steps;
-#               make bench-scaling: construction and step against the number of weights
+#               make bench-scaling: construction and step against the number of weights;
+#               make bench-gpu: steps and training steps on a GPU, where there is one
 # make lib      the C library: build/lib (libgsgd.a, libgsgd.so, pkgconfig/gsgd.pc) and build/include, to be copied to
 #               a prefix
 # make docs     the documentation as a site, in build/site; a broken link or any other warning is an error
@@ -18,6 +19,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
+TRITON := triton==3.9.0
+
 SOURCES := pyproject.toml setup.py MANIFEST.in constraints.txt $(wildcard csrc/*.* csrc/python/*) \
            $(shell find gsgd -name '*.py' -o -name '*.pyi' -o -name py.typed)
 VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
@@ -27,7 +30,7 @@ CORE_FLAGS := -std=c11 -g -O1 -ffp-contract=off -fno-math-errno -Wall -Wextra -W
 SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=all
 OPENMP := $(shell echo 'int main(void) { return 0; }' | $(CC) -fopenmp -x c -o /dev/null - 2>/dev/null && echo -fopenmp)
 
-.PHONY: demo test fuzz lint bench bench-training bench-scaling lib docs wheel valgrind sanitize clean
+.PHONY: demo test fuzz lint bench bench-training bench-scaling bench-gpu lib docs wheel valgrind sanitize clean
 
 demo: .venv/demo
 	$(BIN)/python -P -m gsgd.demo
@@ -60,6 +63,9 @@ bench-training: .venv/dev
 
 bench-scaling: .venv/dev
 	$(BIN)/python benchmarks/scaling.py
+
+bench-gpu: .venv/dev
+	$(BIN)/python benchmarks/gpu.py
 
 lib: $(LIBRARY)
 
@@ -140,10 +146,13 @@ build/digits.bin: .venv/dev
 	    np.c_[x / 16, y].astype('f').tofile('$@')"
 
 # Stamps: the package and what it needs are installed anew only when a source is newer. The extension is also built
-# in place: a script in the checkout imports the checkout's gsgd/.
+# in place: a script in the checkout imports the checkout's gsgd/. Triton comes with CUDA builds of PyTorch; elsewhere its
+# interpreter and its compiler need no more of it than the tests do.
 .venv/demo .venv/dev .venv/docs .venv/wheel: .venv/%: $(SOURCES) | $(BIN)/python
 	$(PIP) ".[$*]" setuptools
 	$(BIN)/python setup.py -q build_ext --inplace
+	@[ $* != dev ] || $(BIN)/python -c 'import triton' 2>/dev/null || $(PIP) --no-deps $(TRITON) || \
+	    echo "$(TRITON) can't be installed here: its tests are skipped" >&2
 	@touch $@
 
 $(BIN)/python:

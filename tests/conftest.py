@@ -1,5 +1,6 @@
 """One suite over both implementations, the C core and the reference."""
 
+import os
 from typing import Any
 
 import pytest
@@ -12,6 +13,13 @@ settings.register_profile("random", deadline=None, max_examples=200, suppress_he
 settings.register_profile("fixed", settings.get_profile("random"), derandomize=True, max_examples=60)
 settings.load_profile("fixed")
 torch.set_num_threads(1)
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported, which nothing above does
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
 
 
 @pytest.fixture(scope="session", params=["c", "reference"])

@@ -164,6 +164,13 @@ def clipped(mesh: DeviceMesh) -> dict[str, Any]:
     return {**found, "ones": {"difference": difference(one, shard)}}
 
 
+def triton(mesh: DeviceMesh) -> dict[str, Any]:
+    """In Triton's interpreter, where there is one."""
+    if importlib.util.find_spec("triton") is None:
+        return {}
+    return clipped(mesh, {"GAdam": {}, "clip_norm": {"clip_norm": 0.1}}, engine="triton")
+
+
 def parallel(mesh: DeviceMesh) -> dict[str, Any]:
     """Tensor parallelism: columns, then rows; the last layer is a plain tensor that all processes hold."""
     found = {}
@@ -264,7 +271,7 @@ def failures(mesh: DeviceMesh) -> dict[str, Any]:
             found[what] = str(error)
 
     refused("largest", lambda: GSGD(shard, network=net, rule="largest"))
-    refused("engine", lambda: GSGD(shard, network=net, engine="triton"))
+    refused("engine", lambda: GSGD(copy.deepcopy(shard).bfloat16(), network=net, engine="core"))
     refused("no network", lambda: GSGD(shard))
     other = gsgd.torch.trace(model, batch((16, 5), 0)[0], leave_out="out") if rank else net
     refused("networks", lambda: GSGD(shard, network=other))
@@ -361,6 +368,7 @@ SCENARIOS: dict[int, dict[str, Callable[[DeviceMesh, Path], dict[str, Any]]]] = 
     },
     3: {
         "rows": lambda mesh, _: fsdp(mesh),
+        "triton": lambda mesh, _: triton(mesh),
         "arrays": lambda mesh, _: fsdp(mesh, methods=["GAdam"], engine="array"),
         "clipped": lambda mesh, _: clipped(mesh),
         "zeros": lambda mesh, _: zeros(mesh),

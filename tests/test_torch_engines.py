@@ -46,10 +46,7 @@ def groups_of(model: nn.Module) -> list[dict[str, Any]]:
     ]
 
 
-needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-
-
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_cuda)])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize(("dtype", "rtol"), [(torch.float32, 1e-4), (torch.float64, 1e-9)])
 def test_array_operations_take_the_same_steps(device: str, dtype: torch.dtype, rtol: float) -> None:
     """With groups, gradients that come late and layers that are frozen later."""

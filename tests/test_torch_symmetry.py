@@ -12,7 +12,7 @@ from torch_models import Net, assert_same, example, views, weights
 import gsgd
 from gsgd.torch import balance, equivalence, rescale, trace
 
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA"))]
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from typing import Any, Unpack, overload
 
 import torch
@@ -67,7 +67,7 @@ class PathOptimizer(torch.optim.Optimizer):
         self._count_of_params = 0
         self._plan: Any = None
         self._seen: tuple[int, ...] = ()
-        self._stats = Stats()
+        self._stats, self._calls = Stats(), 0  # what a device counts, and what the host knows without waiting
         super().__init__(named, defaults)
         self._keep_place()
         tensors = self._tensors()
@@ -115,7 +115,7 @@ class PathOptimizer(torch.optim.Optimizer):
 
         Since construction a checkpoint, or another process (DDP), may have replaced them.
         """
-        if self._stats.steps > 0 or self._options.scale == "ones":  # which has made weights of its own
+        if self._calls > 0 or self._options.scale == "ones":  # which has made weights of its own
             return
         changed = self._seen != fingerprint(self._values())
         tensors = self._tensors()
@@ -127,7 +127,7 @@ class PathOptimizer(torch.optim.Optimizer):
     @property
     def stats(self) -> Stats:
         """Counts of steps, of clamped ratios and of steps left out; reading it waits for the device."""
-        return Stats(self._stats.steps, int(self._stats.clamped), int(self._stats.skipped))
+        return Stats(*(int(getattr(self._stats, f.name)) for f in fields(Stats)))
 
     @property
     def engine(self) -> EngineName:
@@ -248,14 +248,19 @@ class PathOptimizer(torch.optim.Optimizer):
         threads = usable_threads(self._options.threads or torch.get_num_threads())
         limits = (limit(self._options.max_ratio), limit(self._options.clip_norm))
         engine.step(gradients, moments, methods, which, limits, threads, self._stats)
+        self._calls += 1
         self._count(engine, gradients)
-        if is_due(self._stats.steps):
+        if is_due(self._calls):
             self._join()
         return loss
 
     def _join(self) -> None:
         """Give coordinates to units that waited for weights which were 0 at the start."""
         if (self._coordinates.in_edges[:, 0] >= 0).all():
+            return
+        if (self._coordinates.in_edges[:, 0] >= 0).all():
+            return
+        if torch.cuda.is_current_stream_capturing():  # a replay would not come here
             return
         tensors = self._tensors()
         shards = Shards(tensors) if any_sharded(tensors) else None
@@ -390,10 +395,10 @@ class PathOptimizer(torch.optim.Optimizer):
         self._coordinates, self._engine = coordinates, None
         self._plan, self._seen = None, ()
         if stats is not None:
-            self._stats = stats
+            self._stats, self._calls = stats, stats.steps + stats.skipped
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = ("network", "_coordinates", "_options", "_engine_option")
+        kept = ("network", "_coordinates", "_options", "_engine_option", "_calls")
         return {**super().__getstate__(), **{name: getattr(self, name) for name in kept}, "_stats": self.stats}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

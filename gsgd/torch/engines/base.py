@@ -97,7 +97,7 @@ class Engine:
             for old, x in zip((p, *pair), (value, *new_pair), strict=True):
                 if old is not None and x is not old:
                     torch.where(finite, x, old, out=old)
-        stats.steps += 1
+        stats.steps = stats.steps + torch.where(finite, 1, 0)  # type: ignore[assignment]
         stats.clamped = stats.clamped + torch.where(finite, solution.clamped, 0)  # type: ignore[assignment]
         stats.skipped = stats.skipped + torch.where(finite, 0, 1)  # type: ignore[assignment]
 

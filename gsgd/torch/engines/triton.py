@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import nullcontext
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -81,7 +81,7 @@ class Tables:
     launches : list of Launch
         One per dtype.
     kinds : list of int
-        For every array its dtype's place in `types`, the dtypes of tree edges; -1 where it has none.
+        For every array its dtype's place in `types`, the dtypes of tree edges; -1 where it has none that count.
     parts : int
         How many sums gather finds.
     """
@@ -105,16 +105,22 @@ class Tables:
         return sum(x.nbytes for x in vars(self).values() if isinstance(x, Tensor))
 
 
-def tables(net: Network, coordinates: Coordinates, params: Mapping[str, Tensor], tiling: Tiling) -> Tables:
+def tables(
+    t: Layout, coordinates: Coordinates, params: Mapping[str, Tensor], counts: Sequence[bool], tiling: Tiling
+) -> Tables:
     """The tables of parameters, on their device.
+
+    Parameters
+    ----------
+    counts : sequence of bool
+        Which of the arrays enter sums.
 
     Raises
     ------
     Unsupported
         A parameter does not lie in memory line by line.
     """
-    units = net.num_units
-    t = network_layout(net, {name: tuple(p.shape) for name, p in params.items()}, *coordinates.edges)
+    units = len(t.root) - 1
     ids: list[NDArray[np.int32]] = [np.zeros(0, np.int32)]
     edges = np.full((2, len(t.owner) + 1), -1, dtype=np.int64)  # the array of every tree edge, and its place there
     by_dtype: dict[torch.dtype, list[kernels.Sheet]] = {p.dtype: [] for p in params.values()}
@@ -148,20 +154,22 @@ def tables(net: Network, coordinates: Coordinates, params: Mapping[str, Tensor],
                 first_apply=len(apply_tiles),
                 wide=s.step == 1 and all(n * dtype.itemsize % 16 == 0 for n in (s.start, s.stride, s.length)),
             )
-            gather_tiles += [len(sheets)] * (runs * _ratio_up(across, width))
+            gather_tiles += [len(sheets)] * (counts[s.array] * runs * _ratio_up(across, width))
             apply_tiles += [len(sheets)] * (_ratio_up(s.lines, tiling.lines) * _ratio_up(s.length, tiling.positions))
             sheets.append(cut)
-            if sums:
+            if sums and counts[s.array]:
                 table = s.line_cols if by_line else s.position_cols
                 owners.append(np.tile(t.root[all_ids[table : table + across]], runs))
                 parts += runs * across
-        if len(gather_tiles) > first[0]:
+        if pieces:
             launches.append(Launch(dtype, (first[0], len(gather_tiles)), (first[1], len(apply_tiles))))
 
     array, place = edges[0][t.edge], np.maximum(edges[1][t.edge], 0)
     of_array = list(params.values())
     types = list(dict.fromkeys(of_array[i].dtype for i in np.unique(array[array >= 0]))) or [of_array[0].dtype]
-    kinds = [types.index(p.dtype) if p.dtype in types else -1 for p in of_array]
+    kinds = [
+        types.index(p.dtype) if enters and p.dtype in types else -1 for p, enters in zip(of_array, counts, strict=True)
+    ]
     sizes, addresses, all_kinds = (  # the last are for units without an edge
         np.array([*x, last], dtype=np.int64)
         for x, last in (
@@ -258,6 +266,12 @@ def _ratio_up(a: int, b: int) -> int:
     return -(-a // b)
 
 
+def runs_on(device: torch.device) -> bool:
+    """Whether kernels run there. The interpreter, which runs anywhere, is chosen when Triton is imported."""
+    interprets = triton.knobs.runtime.interpret and not isinstance(kernels.gather, triton.JITFunction)
+    return device.type == "cuda" or interprets
+
+
 class Upload:
     """A table on the device that is written where its values have changed, without waiting for the device."""
 
@@ -288,22 +302,72 @@ class Upload:
         return self.table
 
 
+@dataclass(frozen=True, eq=False)
+class Gathered:
+    """What solve reads of units: their tables and sums, in parts; and of tiles whether they are finite, and squares.
+
+    `types` are those of tree edges; programs of solve add their own squares to those of the tiles.
+    """
+
+    links: Tensor
+    places: Tensor
+    part_first: Tensor
+    part_of: Tensor
+    partial: Tensor
+    tiles: int
+    wrong: Tensor
+    squares: Tensor
+    types: tuple[Any, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """A step that has begun: tables on the device, gradients that they point to, and what is fixed in the kernels.
+
+    `of_units` is the table of arrays that solve reads; `copies` are moments, and the copies that the kernels write.
+    """
+
+    arrays: Tensor
+    of_units: Tensor
+    rates: Tensor
+    gradients: Tensors
+    copies: list[tuple[Tensor, Tensor]]
+    method: int
+    has_m: bool
+    decays: bool
+    clips: bool
+
+
 class TritonEngine(Engine):
     """Steps by Triton's kernels on the tensors' own device, without waiting for it.
 
     A step that is not finite is left out, and `stats.skipped` counts it. What is of 16 bits is computed with in
     float32; the trees are in float64.
+
+    Parameters
+    ----------
+    layout : Layout, optional
+        The layout of parts of the network's arrays, which the tensors are; see `gsgd.layout.part`.
+    counts : sequence of bool, optional
+        Which of the tensors enter sums; all by default.
     """
 
     name = "triton"
 
     def __init__(
-        self, net: Network, coordinates: Coordinates, tensors: Mapping[str, Tensor], tiling: Tiling | None = None
+        self,
+        net: Network,
+        coordinates: Coordinates,
+        tensors: Mapping[str, Tensor],
+        layout: Layout | None = None,
+        counts: Sequence[bool] | None = None,
     ) -> None:
         super().__init__(net, tensors)
         self.device = device = self.aliases[0].device
-        if device.type != "cuda" and not triton.knobs.runtime.interpret:
-            raise Unsupported(f"needs a CUDA device (or TRITON_INTERPRET=1), the parameters are on {device}")
+        if not runs_on(device):
+            raise Unsupported(
+                f"needs a CUDA device (or TRITON_INTERPRET=1 from the start), the parameters are on {device}"
+            )
         if torch.version.hip is not None:
             raise Unsupported("needs a CUDA device, not ROCm")
         for name, p in tensors.items():
@@ -311,23 +375,21 @@ class TritonEngine(Engine):
                 raise Unsupported(f"parameter {name!r} is of {p.dtype}")
         if any(b.batch_norm for b in net.blocks):
             raise Unsupported("batch_norm 'paper' and 'released' are left to array operations")
-        self.tiling = tiling or Tiling()
-        self.tables = t = tables(net, coordinates, dict(zip(tensors, self.aliases, strict=True)), self.tiling)
+        self.tiling = Tiling()
+        layout = layout or network_layout(net, {n: tuple(p.shape) for n, p in tensors.items()}, *coordinates.edges)
+        arrays = dict(zip(tensors, self.aliases, strict=True))
+        self.tables = t = tables(layout, coordinates, arrays, counts or [True] * len(arrays), self.tiling)
         count, units = len(self.params), net.num_units
         self.programs = max(1, _ratio_up(units, self.tiling.units))
-        self.tiles = max((launch.gather[1] for launch in t.launches), default=0)
 
         def zeros(n: int, dtype: torch.dtype) -> Tensor:
             return torch.zeros(n, dtype=dtype, device=device)
 
         self.found = torch.ones(7, units + 1, dtype=torch.float64, device=device)
         self.found[kernels.D.value] = 0
-        self.partial = zeros(t.parts + 1, torch.float64)
-        self.wrong = zeros(self.tiles + 1, torch.int32)
-        self.squares = zeros(self.tiles + self.programs, torch.float64)
         self.solved = zeros(2 * self.programs, torch.int32)
         self.clip = torch.ones(1, dtype=torch.float64, device=device)
-        self.counted = zeros(2, torch.int64)
+        self.counted = zeros(len(fields(Stats)), torch.int64)
         self.counts = zeros(2 * count, torch.int64)
         self.steps_taken = list(self.counts[:count].unbind())
         self.arrays = Upload(7 * count, torch.int64, device)
@@ -337,6 +399,22 @@ class TritonEngine(Engine):
         self.seen: list[int] = []
         self.shared: list[int] = []  # gradients that lie in the memory of weights
         self.stats: Stats | None = None
+        tiles = max((launch.gather[1] for launch in t.launches), default=0)
+        self.gathered = self.solved_from = Gathered(
+            links=t.links,
+            places=t.places,
+            part_first=t.part_first,
+            part_of=t.part_of,
+            partial=zeros(t.parts + 1, torch.float64),
+            tiles=tiles,
+            wrong=zeros(tiles + 1, torch.int32),
+            squares=zeros(tiles + self.programs, torch.float64),
+            types=tuple(TYPES[d] for d in t.types),
+        )
+
+    def on_device(self) -> AbstractContextManager[Any]:
+        """Where kernels are launched."""
+        return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
 
     def step(
         self,
@@ -348,27 +426,61 @@ class TritonEngine(Engine):
         threads: int,
         stats: Stats,
     ) -> None:
-        with torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext():
-            self._follow(stats)
-            found = self._laid_out(self._apart(gradients))
-            m, v = (self._laid_out(kind) for kind in moments)
-            # empty tensors have no address, but are there
-            pointers = [[0 if x is None else x.data_ptr() or 1 for x in kind] for kind in (found, m, v)]
-            rows = (self.addresses, *pointers, which, self.tables.kinds, self.sizes)
-            arrays = self.arrays.write([n for row in rows for n in row])
-            self._launch_all(arrays, self._write_rates(methods, limits), methods, any(pointers[1]), limits[1])
-            for kind, copies in zip(moments, (m, v), strict=True):
-                for x, copy in zip(kind, copies, strict=True):
-                    if x is not None and copy is not None and copy is not x:
-                        x.copy_(copy)
+        with self.on_device():
+            step = self.begin(gradients, moments, methods, which, limits, stats)
+            if step.clips:
+                self.solve_for(step, products=True)
+            self.gather_sums(step, step.clips)
+            if step.clips:
+                self.solve_for(step, sums=True)
+            self.solve_for(step, products=not step.clips, sums=not step.clips, ratios=True)
+            self.apply(step)
         self.tell_autograd(gradients)
-        stats.steps += 1
+
+    def begin(
+        self,
+        gradients: Tensors,
+        moments: tuple[Tensors, Tensors],
+        methods: list[Method],
+        which: list[int],
+        limits: tuple[Any, Any],
+        stats: Stats,
+    ) -> Step:
+        """Upload what a step needs and what is not on the device yet."""
+        self._follow(stats)
+        found = self._laid_out(self._apart(gradients))
+        m, v = (self._laid_out(kind) for kind in moments)
+        # empty tensors have no address, but are there
+        pointers = [[0 if x is None else x.data_ptr() or 1 for x in kind] for kind in (found, m, v)]
+        arrays = self._write(self.arrays, self.addresses, *pointers, which, self.tables.kinds, self.sizes)
+        copies = [
+            (x, copy)
+            for kind, own in zip(moments, (m, v), strict=True)
+            for x, copy in zip(kind, own, strict=True)
+            if x is not None and copy is not None and copy is not x
+        ]
+        return Step(
+            arrays=arrays,
+            of_units=arrays,
+            rates=self._write_rates(methods, limits),
+            gradients=found,
+            copies=copies,
+            method=methods[0].row.method,
+            has_m=any(pointers[1]),
+            decays=any(isinstance(o.weight_decay, Tensor) or o.weight_decay != 0 for o in methods),
+            clips=isinstance(limits[1], Tensor) or math.isfinite(limits[1]),
+        )
+
+    @staticmethod
+    def _write(table: Upload, *rows: list[int]) -> Tensor:
+        return table.write([n for row in rows for n in row])
 
     def _follow(self, stats: Stats) -> None:
         """From the first step on, the device counts."""
         if self.stats is not stats:
-            self.counted.copy_(torch.tensor([int(stats.clamped), int(stats.skipped)]))
-            stats.clamped, stats.skipped = self.counted.unbind()  # type: ignore[assignment]
+            self.counted.copy_(torch.tensor([int(n) for n in vars(stats).values()]))
+            for name, count in zip(vars(stats), self.counted.unbind(), strict=True):
+                setattr(stats, name, count)
             self.stats = stats
 
     def _apart(self, gradients: Tensors) -> Tensors:
@@ -401,41 +513,47 @@ class TritonEngine(Engine):
             table[i].copy_(x)
         return table
 
-    def _launch_all(self, arrays: Tensor, rates: Tensor, methods: list[Method], has_m: bool, clip_norm: Any) -> None:
-        t, size, count = self.tables, self.tiling, len(self.params)
-        clips = isinstance(clip_norm, Tensor) or math.isfinite(clip_norm)
-        method = methods[0].row.method
-        units = self.found.shape[1] - 1
-        decays = any(isinstance(m.weight_decay, Tensor) or m.weight_decay != 0 for m in methods)
-        single = any(p.dtype != torch.float64 for p in self.aliases)
-        net = (t.ids, t.links, t.places, self.found, units)
+    @property
+    def _net(self) -> tuple[Any, ...]:
+        """What of the tables the tiles of arrays need."""
+        t = self.tables
+        return t.ids, t.links, t.places, self.found, self.net.num_units
 
-        def solve(products: bool, sums: bool, ratios: bool) -> None:
-            self.launch(
-                kernels.solve, self.programs, 4, arrays, count, *net, t.scale, t.part_first, t.part_of, self.partial,
-                rates, self.counts, self.wrong, self.tiles, self.squares, self.solved, self.clip, METHOD=method,
-                HAS_M=has_m, TYPES=tuple(TYPES[d] for d in t.types), PRODUCTS=products, SUMS=sums, RATIOS=ratios,
-                CLIP=clips, SINGLE=single, UNITS=size.units, PARTS=size.parts,
-            )  # fmt: skip
-
-        if clips:
-            solve(True, False, False)
-        for launch in t.launches:
+    def gather_sums(self, step: Step, clips: bool) -> None:
+        """Sums of w g in parts; with `clips`, of squares of dl/dx, for which A and B have to be known."""
+        for launch in self.tables.launches:
             first, last = launch.gather
-            self.launch(
-                kernels.gather, last - first, 8, arrays, count, t.sheets, t.gather_tiles, first, *net, self.partial,
-                self.wrong, self.squares, CLIP=clips, **self._tile(launch.dtype),
-            )  # fmt: skip
-        if clips:
-            solve(False, True, False)
-        solve(not clips, not clips, True)
-        for launch in t.launches:
+            if last > first:
+                self.launch(
+                    kernels.gather, last - first, 8, step.arrays, len(self.params), self.tables.sheets,
+                    self.tables.gather_tiles, first, *self._net, self.gathered.partial, self.gathered.wrong,
+                    self.gathered.squares, CLIP=clips, **self._tile(launch.dtype),
+                )  # fmt: skip
+
+    def solve_for(self, step: Step, *, products: bool = False, sums: bool = False, ratios: bool = False) -> None:
+        """A and B; dl/dx of chains; path ratios."""
+        s = self.solved_from
+        self.launch(
+            kernels.solve, self.programs, 4, step.of_units, len(self.params), self.tables.ids, s.links, s.places,
+            self.found, self.net.num_units, self.tables.scale, s.part_first, s.part_of, s.partial, step.rates,
+            self.counts, s.wrong, s.tiles, s.squares, self.solved, self.clip, METHOD=step.method, HAS_M=step.has_m,
+            TYPES=s.types, PRODUCTS=products, SUMS=sums, RATIOS=ratios, CLIP=step.clips,
+            SINGLE=any(p.dtype != torch.float64 for p in self.aliases), UNITS=self.tiling.units,
+            PARTS=self.tiling.parts,
+        )  # fmt: skip
+
+    def apply(self, step: Step) -> None:
+        """New weights and moments, and counts, unless something was not finite."""
+        for launch in self.tables.launches:
             first, last = launch.apply
             self.launch(
-                kernels.apply, min(last - first, size.programs), 8, arrays, count, t.sheets, t.apply_tiles, first, last,
-                *net, rates, self.counts, self.solved, self.programs, self.clip, self.counted, METHOD=method,
-                HAS_M=has_m, DECAYS=decays, CLIP=clips, **self._tile(launch.dtype),
+                kernels.apply, min(last - first, self.tiling.programs), 8, step.arrays, len(self.params),
+                self.tables.sheets, self.tables.apply_tiles, first, last, *self._net, step.rates, self.counts,
+                self.solved, self.programs, self.clip, self.counted, METHOD=step.method, HAS_M=step.has_m,
+                DECAYS=step.decays, CLIP=step.clips, **self._tile(launch.dtype),
             )  # fmt: skip
+        for x, copy in step.copies:
+            x.copy_(copy)
 
     def _tile(self, dtype: torch.dtype) -> dict[str, Any]:
         real = tl.float64 if dtype == torch.float64 else tl.float32

@@ -76,11 +76,17 @@ IN_WEIGHT, OUT_WEIGHT, C = map(tl.constexpr, range(3))
 # float64, found by solve: A and B, the chain's ratio R, their inverses, and dl/dx of the chain
 A, B, INV_A, INV_B, RATIO, INV_RATIO, D = map(tl.constexpr, range(7))
 
+# of units, float64: what a part of the arrays adds to their sums; after these, how much of it is not finite
+S, IN, OUT, IN_GRADIENT, IN_M, IN_V = map(tl.constexpr, range(6))
+
 # the rates begin with max_ratio and clip_norm; then these of every group
 RATES = ("lr", "momentum", "weight_decay", "second", "eps", "nesterov", "decoupled")
 LR, MOMENTUM, WEIGHT_DECAY, SECOND, EPS, NESTEROV, DECOUPLED = map(tl.constexpr, range(7))
 LIMITS, NUMBERS = tl.constexpr(2), tl.constexpr(len(RATES))
 SGD, ADAM = tl.constexpr(0), tl.constexpr(1)
+
+# of gsgd.optimizer.Stats
+STEPS, CLAMPED, SKIPPED = map(tl.constexpr, range(3))
 
 FLOAT_MAX = tl.constexpr(3.4028234663852886e38)
 INT_MAX = tl.constexpr(2**31 - 1)
@@ -291,6 +297,51 @@ def gather(
         tl.store(partial + sheet.part + run * sheet.length + c, tl.sum(total, 0), c < sheet.length)
 
 
+@triton.jit
+def sum_of_parts(u, part_first, part_of, partial, PARTS: tl.constexpr):
+    """S of units: what gather has summed up in parts."""
+    first = tl.load(part_first + u)
+    parts = tl.load(part_first + u + 1) - first
+    s = tl.zeros(u.shape, tl.float64)
+    for i in range(0, tl.max(parts), PARTS):
+        k = i + tl.arange(0, PARTS)
+        here = k[None, :] < parts[:, None]
+        part = tl.load(part_of + first[:, None] + k[None, :], here, 0)
+        s += tl.sum(tl.load(partial + part, here, 0.0), 1)
+    return s
+
+
+@triton.jit(do_not_specialize=["count", "units", "tiles"])
+def collect(
+    arrays, count, links, places, units, part_first, part_of, partial, wrong, tiles, sums,
+    TYPES: tl.constexpr, UNITS: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """What a part of the arrays adds to sums per unit: S, the tree edges that lie here, and what is not finite."""
+    pid = tl.program_id(0)
+    n = units + 1
+    u = tl.minimum(pid * UNITS + tl.arange(0, UNITS), units)
+    inside = u < units
+    kind, out_kind = at(links, IN_KIND, u, n), at(links, OUT_KIND, u, n)
+    array = at(links, CHAIN_ARRAY, u, n)
+    in_chain = (array >= 0) & (kind >= 0)
+    array = tl.maximum(array, 0)
+    offset = at(places, IN_PLACE, u, n) * at(arrays, SIZE, array, count)
+    g, m, v = at(arrays, GRADIENT, array, count), at(arrays, M, array, count), at(arrays, V, array, count)
+    s = sum_of_parts(u, part_first, part_of, partial, PARTS)
+    tl.store(sums + S * n + u, s, inside)
+    tl.store(sums + IN * n + u, load_any(at(places, IN_ADDRESS, u, n), kind, kind >= 0, TYPES), inside)
+    tl.store(sums + OUT * n + u, load_any(at(places, OUT_ADDRESS, u, n), out_kind, out_kind >= 0, TYPES), inside)
+    tl.store(sums + IN_GRADIENT * n + u, load_any(g + offset, kind, in_chain & (g != 0), TYPES), inside)
+    tl.store(sums + IN_M * n + u, load_any(m + offset, kind, in_chain & (m != 0), TYPES), inside)
+    tl.store(sums + IN_V * n + u, load_any(v + offset, kind, in_chain & (v != 0), TYPES), inside)
+    if pid == 0:
+        many = tl.arange(0, MANY)
+        bad = 0
+        for i in range(0, tiles, MANY):
+            bad += tl.sum(tl.load(wrong + i + many, i + many < tiles, 0))
+        tl.store(sums + (IN_V + 1) * n, bad.to(tl.float64))
+
+
 @triton.jit(do_not_specialize=["count", "units", "tiles"])
 def solve(
     arrays, count, ids, links, places, found, units, scale, part_first, part_of, partial, rates, counts, wrong, tiles,
@@ -327,14 +378,7 @@ def solve(
     x = a * b
 
     if SUMS:
-        first = tl.load(part_first + u)
-        parts = tl.load(part_first + u + 1) - first
-        s = tl.zeros((UNITS,), tl.float64)
-        for i in range(0, tl.max(parts), PARTS):
-            k = i + tl.arange(0, PARTS)
-            here = k[None, :] < parts[:, None]
-            part = tl.load(part_of + first[:, None] + k[None, :], here, 0)
-            s += tl.sum(tl.load(partial + part, here, 0.0), 1)
+        s = sum_of_parts(u, part_first, part_of, partial, PARTS)
         w = load_any(at(places, IN_ADDRESS, u, n), kind, given, TYPES)
         d = tl.where(given, (w * load_any(g + offset, kind, given, TYPES) - s) / x, 0.0)
         if CLIP:
@@ -379,7 +423,7 @@ def solve(
         share = tl.cdiv(tiles, programs)  # of what gather found
         for i in range(0, share, MANY):
             tile = pid * share + i + many
-            bad += tl.sum(tl.load(wrong + tile, (i + many < share) & (tile < tiles), 0))
+            bad += tl.sum((tl.load(wrong + tile, (i + many < share) & (tile < tiles), 0) != 0).to(tl.int32))
         tl.store(solved + pid, bad)
         tl.store(solved + programs + pid, tl.sum((r != ratio).to(tl.int32)))
         if pid == 0:  # the steps that arrays will have taken after this one
@@ -458,7 +502,7 @@ def apply(
 ):  # fmt: skip
     """New weights and moments, in one pass; nothing if anything is not finite.
 
-    `stats` counts the ratios that were limited and the steps that were left out.
+    `stats` counts the steps, the ratios that were limited and the steps that were left out.
     """
     pid = tl.program_id(0)
     net = Net(ids, links, places, found, units)
@@ -469,8 +513,10 @@ def apply(
     if (first == 0) & (pid == 0):
         for i in range(0, programs, MANY):
             clamped += tl.sum(tl.load(solved + programs + i + many, i + many < programs, 0))
-        tl.store(stats, tl.load(stats) + tl.where(bad == 0, clamped, 0))
-        tl.store(stats + 1, tl.load(stats + 1) + tl.where(bad == 0, 0, 1))
+        taken = (bad == 0).to(tl.int64)
+        tl.store(stats + STEPS, tl.load(stats + STEPS) + taken)
+        tl.store(stats + CLAMPED, tl.load(stats + CLAMPED) + taken * clamped)
+        tl.store(stats + SKIPPED, tl.load(stats + SKIPPED) + 1 - taken)
         for i in range(0, count, MANY):
             here = i + many < tl.where(bad == 0, count, 0)
             tl.store(counts + i + many, tl.load(counts + count + i + many, here, 0), here)
