@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -165,10 +166,19 @@ def clipped(mesh: DeviceMesh) -> dict[str, Any]:
 
 
 def triton(mesh: DeviceMesh) -> dict[str, Any]:
-    """In Triton's interpreter, where there is one."""
-    if importlib.util.find_spec("triton") is None:
-        return {}
-    return clipped(mesh, {"GAdam": {}, "clip_norm": {"clip_norm": 0.1}}, engine="triton")
+    """In Triton's interpreter, where there is one, against the C core."""
+    found = {}
+    for name, options in {"GAdam": {}, "clip_norm, triton": {"clip_norm": 0.1}}.items():
+        torch.manual_seed(0)
+        model = Perceptron().double()
+        if importlib.util.find_spec("triton") is not None:
+
+            def make(m: nn.Module, net: gsgd.Network, options: dict[str, Any] = options) -> Any:
+                on = "triton" if any(isinstance(p, DTensor) for p in m.parameters()) else "core"
+                return METHODS["GAdam"](m, net, engine=on, **options)
+
+            found[name] = compare(model, sharded(model, mesh), (16, 5), make)
+    return found
 
 
 def parallel(mesh: DeviceMesh) -> dict[str, Any]:
@@ -271,7 +281,8 @@ def failures(mesh: DeviceMesh) -> dict[str, Any]:
             found[what] = str(error)
 
     refused("largest", lambda: GSGD(shard, network=net, rule="largest"))
-    refused("engine", lambda: GSGD(copy.deepcopy(shard).bfloat16(), network=net, engine="core"))
+    half = sharded(copy.deepcopy(model).bfloat16(), mesh)
+    refused("engine", lambda: GSGD(half, network=net, engine="core"))
     refused("no network", lambda: GSGD(shard))
     other = gsgd.torch.trace(model, batch((16, 5), 0)[0], leave_out="out") if rank else net
     refused("networks", lambda: GSGD(shard, network=other))

@@ -260,7 +260,7 @@ class PathOptimizer(torch.optim.Optimizer):
             return
         if (self._coordinates.in_edges[:, 0] >= 0).all():
             return
-        if torch.cuda.is_current_stream_capturing():  # a replay would not come here
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():  # a replay would not come here
             return
         tensors = self._tensors()
         shards = Shards(tensors) if any_sharded(tensors) else None
