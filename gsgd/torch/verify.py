@@ -45,7 +45,7 @@ def verify(
         Inputs with values; a batch that batch normalization accepts.
     seed : int
         Of the factors, the functional, and the random numbers of the model (torch's, Python's and NumPy's). A model
-        that takes other ways by these is tried with several seeds.
+        that takes other ways by these is tried with several seeds, and with all of torch's uniform numbers near 0 or 1.
 
     Raises
     ------
