@@ -210,6 +210,10 @@ UNDERSTOOD: dict[str, tuple[Callable[[Between, Tensor], Tensor], int]] = {
     "stochastic depth": (stochastic_depth, 8),
     "functional weight": (lambda m, x: F.conv2d(x, m.c.weight), 16),
     "computed bias": (lambda m, x: F.conv2d(x, m.c.weight, 2 * m.c.bias), 8),
+    "computed bias of a dense layer": (
+        lambda m, x: F.linear(x.movedim(1, -1), m.c.weight.flatten(1), 2 * m.c.bias).movedim(-1, 1),
+        8,
+    ),
     "unused": (lambda m, x: (m.c(x), x)[1], 8),
     "unfold": (lambda m, x: F.fold(F.unfold(x, 3), (6, 6), 3), 0),
     "python's sum": (lambda m, x: sum([x, m.c(x)]), 8),
