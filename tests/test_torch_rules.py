@@ -342,6 +342,9 @@ BINARY: list[Callable[[Tensor, Tensor], Tensor]] = [
     lambda x, y: torch.einsum("bij,bjd->bid", torch.tanh(x @ y.mT), x),
     lambda x, y: F.scaled_dot_product_attention(x, y, x + y),
     lambda x, y: torch.tanh(y @ y.mT) @ x,
+    lambda x, y: x / (1 + y.square()),
+    lambda x, y: torch.relu(x) * y.mean(1, keepdim=True),
+    lambda x, y: y @ (x.mT @ y) / (1 + y.square().sum(1, keepdim=True)),
 ]
 # of a value and of parameters of its own
 LEARNED: list[tuple[Callable[..., Tensor], tuple[tuple[int, ...], ...]]] = [
@@ -355,6 +358,10 @@ LEARNED: list[tuple[Callable[..., Tensor], tuple[tuple[int, ...], ...]]] = [
     (lambda x, g: x * g, ((4, 1),)),
     (lambda x, b: x + b, ((6,),)),
     (lambda x, b: x + b, ((4, 6),)),
+    (lambda x, w: x + F.embedding(torch.tensor([2, 0, 0, 1]), w), ((3, 6),)),
+    (lambda x, w: F.bilinear(x.sigmoid(), x, w), ((6, 6, 6),)),
+    (lambda x, w: torch.tensordot(x, w, 1), ((6, 6),)),
+    (lambda x, g, b: F.layer_norm(x, (4, 6), g, b), ((4, 6), (4, 6))),
     (lambda x, g, b: F.layer_norm(x, (6,), g, b), ((6,), (6,))),
     (lambda x, g: F.rms_norm(x, (6,), g), ((6,),)),
     (lambda x, g, b: F.group_norm(x.mT, 2, g, b).mT, ((6,), (6,))),

@@ -312,9 +312,10 @@ def test_outputs_in_objects_are_pinned() -> None:
     def forward(m: Any, x: Tensor, use_cache: bool = True) -> Any:
         h, cache = torch.relu(m.a(x)), Cache()
         cache.layers.append(SimpleNamespace(keys=h[:, :4]))
-        return (m.b(h), cache) if use_cache else m.b(h)
+        return {"logits": m.b(h), "cache": cache} if use_cache else m.b(h)
 
     model = Call(forward, a=nn.Linear(8, 12), b=nn.Linear(12, 3))
     check(model, X, 8)
+    assert {"network output logits", "network output cache"} <= set(trace(model, X).pins.values())
     check(model, {"x": X, "use_cache": False}, 12)
     assert GSGD(model, lr=0.1, example_inputs=X).network.num_units == 8

@@ -152,7 +152,7 @@ class Follow(TorchFunctionMode):
             error = ValueError(OUT_OF_SIGHT) if self.out_of_sight else raised
             where = ", ".join(filter(None, (self.current, self.line))) or "the arguments of forward"
             raise ValueError(f"the model can't be followed, at {where}: {type(error).__name__}: {error}") from error
-        self.finish(model, output_tensors(out))
+        self.finish(model, out)
 
     def convert(self, t: Tensor) -> Tensor:
         """An argument of this run."""
@@ -171,7 +171,7 @@ class Follow(TorchFunctionMode):
         """The module of this name has returned."""
         self.path.pop()
 
-    def finish(self, model: nn.Module, outputs: list[Tensor]) -> None: ...
+    def finish(self, model: nn.Module, out: Any) -> None: ...
 
     def see(self, func: Callable[..., Any], args: Any, kwargs: Any, out: Any) -> None:
         raise NotImplementedError

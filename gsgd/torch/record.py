@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from gsgd.torch.follow import Follow, copy_model, name_of, own_tensors
+from gsgd.torch.follow import Follow, copy_model, name_of, output_tensors, own_tensors
 from gsgd.torch.memory import held_tensors, shared_parameters
 from gsgd.torch.values import EXTREMES, SELECTING, Kind, is_continuous, storage_of, tensors_in
 from gsgd.warn import warn
@@ -284,8 +284,8 @@ class _Run(Follow):
         )
         self.calls.append(call)
 
-    def finish(self, model: nn.Module, outputs: list[Tensor]) -> None:
-        self.ends = outputs + [t for module in model.modules() for t in own_tensors(module)]
+    def finish(self, model: nn.Module, out: Any) -> None:
+        self.ends = output_tensors(out) + [t for module in model.modules() for t in own_tensors(module)]
 
 
 def _base(t: Tensor) -> Tensor:

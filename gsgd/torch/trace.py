@@ -219,9 +219,10 @@ class _Describe(Follow):
             for t in output_tensors(out):
                 self.on.pin(self.nodes(t), f"output of {name}")
 
-    def finish(self, model: nn.Module, outputs: list[Tensor]) -> None:
-        for t in outputs:
-            self.on.pin(self.nodes(t), "network output")
+    def finish(self, model: nn.Module, out: Any) -> None:
+        for key, value in out.items() if isinstance(out, Mapping) else [("", out)]:
+            for t in output_tensors(value):
+                self.on.pin(self.nodes(t), f"network output {key}".strip())
         for name, module in model.named_modules():
             for t in own_tensors(module):
                 self.on.pin(self.nodes(t), f"kept by {name or 'the model'}")
