@@ -43,9 +43,9 @@ COMPARED = [
     (2, "rows"),
     (2, "columns"),
     (2, "parallel"),
+    (2, "triton"),
     (3, "rows"),
     (3, "arrays"),
-    (3, "triton"),
     (3, "clipped"),
     (4, "rows"),
     (4, "two dimensions"),
@@ -54,7 +54,7 @@ COMPARED = [
 
 @pytest.mark.parametrize(("world", "scenario"), COMPARED)
 def test_as_one_process(found: dict[int, list[dict[str, Any]]], world: int, scenario: str) -> None:
-    """Twenty steps differ by rounding, and a step has one all-reduce of a few numbers per unit."""
+    """Steps differ by rounding, and a step has one all-reduce of a few numbers per unit."""
     for name, result in found[world][0][scenario].items():
         assert result["difference"] < 1e-12, name
         if name == "ones":
