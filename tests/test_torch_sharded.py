@@ -103,7 +103,7 @@ def test_failures(found: dict[int, list[dict[str, Any]]]) -> None:
     assert result["largest"].startswith("rule: expected 'modulo' for sharded parameters")
     assert result["engine"].startswith("engine 'core': takes float32 and float64 parameters")
     assert result["no network"].startswith("network: expected that of the model before it was sharded")
-    assert result["networks"].startswith("the network at parameter 'out.weight' differs between processes")
+    assert result["networks"].startswith("the network at parameter 'mid.bias' differs between processes")
     assert result["not finite"] == "parameter 'out.bias' has entries that are not finite"
     assert result["copies"].startswith("parameter 'out.weight' differs between processes")
 
