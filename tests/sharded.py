@@ -104,8 +104,10 @@ METHODS: dict[str, Callable[..., Any]] = {
 }
 
 
-def compare(model: nn.Module, shard: nn.Module, shape: tuple[int, ...], make: Callable[..., Any]) -> dict[str, Any]:
-    """Twenty steps of the whole model and of the sharded one."""
+def compare(
+    model: nn.Module, shard: nn.Module, shape: tuple[int, ...], make: Callable[..., Any], steps: int = 20
+) -> dict[str, Any]:
+    """So many steps of the whole model and of the sharded one."""
     net = gsgd.torch.trace(model, batch(shape, 0)[0])
     opts = make(model, net), make(shard, net)
     start = [whole(p).clone() for p in shard.parameters()]
@@ -114,7 +116,7 @@ def compare(model: nn.Module, shard: nn.Module, shape: tuple[int, ...], make: Ca
     shards = opts[1]._engine.shards
     shards.all_reduces = shards.bytes_reduced = 0
     for m, opt in zip((model, shard), opts, strict=True):
-        train(m, opt, shape, range(1, 20))
+        train(m, opt, shape, range(1, steps))
     moved = [float((whole(p) - w).detach().abs().max()) for p, w in zip(shard.parameters(), start, strict=True)]
     state = [x for s in opts[1].state.values() for x in s.values() if isinstance(x, Tensor) and x.ndim]
     return {
@@ -123,7 +125,7 @@ def compare(model: nn.Module, shard: nn.Module, shape: tuple[int, ...], make: Ca
         "difference": difference(model, shard),
         "c": float((opts[1].state_dict()["param_groups"][0]["gsgd"]["c"] / opts[0]._coordinates.c - 1).abs().max()),
         "least moved": min(moved),
-        "reduced": (shards.all_reduces / 19, shards.bytes_reduced / 19),
+        "reduced": (shards.all_reduces / (steps - 1), shards.bytes_reduced / (steps - 1)),
         "state is sharded": all(isinstance(x, DTensor) for x in state),
         "stats": [(o.stats.steps, o.stats.clamped) for o in opts],
     }
@@ -177,7 +179,7 @@ def triton(mesh: DeviceMesh) -> dict[str, Any]:
                 on = "triton" if any(isinstance(p, DTensor) for p in m.parameters()) else "core"
                 return METHODS["GAdam"](m, net, engine=on, **options)
 
-            found[name] = compare(model, sharded(model, mesh), (16, 5), make)
+            found[name] = compare(model, sharded(model, mesh), (16, 5), make, steps=3)
     return found
 
 
@@ -374,12 +376,12 @@ SCENARIOS: dict[int, dict[str, Callable[[DeviceMesh, Path], dict[str, Any]]]] = 
         "columns": lambda mesh, _: fsdp(mesh, rows_or_columns(2)),
         "parallel": lambda mesh, _: parallel(mesh),
         "mixed precision": lambda mesh, _: mixed_precision(mesh),
+        "triton": lambda mesh, _: triton(mesh),
         "failures": lambda mesh, _: failures(mesh),
         "save": save,
     },
     3: {
         "rows": lambda mesh, _: fsdp(mesh),
-        "triton": lambda mesh, _: triton(mesh),
         "arrays": lambda mesh, _: fsdp(mesh, methods=["GAdam"], engine="array"),
         "clipped": lambda mesh, _: clipped(mesh),
         "zeros": lambda mesh, _: zeros(mesh),

@@ -43,9 +43,9 @@ COMPARED = [
     (2, "rows"),
     (2, "columns"),
     (2, "parallel"),
+    (2, "triton"),
     (3, "rows"),
     (3, "arrays"),
-    (3, "triton"),
     (3, "clipped"),
     (4, "rows"),
     (4, "two dimensions"),
@@ -54,7 +54,7 @@ COMPARED = [
 
 @pytest.mark.parametrize(("world", "scenario"), COMPARED)
 def test_as_one_process(found: dict[int, list[dict[str, Any]]], world: int, scenario: str) -> None:
-    """Twenty steps differ by rounding, and a step has one all-reduce of a few numbers per unit."""
+    """Steps differ by rounding, and a step has one all-reduce of a few numbers per unit."""
     for name, result in found[world][0][scenario].items():
         assert result["difference"] < 1e-12, name
         if name == "ones":
@@ -103,7 +103,7 @@ def test_failures(found: dict[int, list[dict[str, Any]]]) -> None:
     assert result["largest"].startswith("rule: expected 'modulo' for sharded parameters")
     assert result["engine"].startswith("engine 'core': takes float32 and float64 parameters")
     assert result["no network"].startswith("network: expected that of the model before it was sharded")
-    assert result["networks"].startswith("the network at parameter 'out.weight' differs between processes")
+    assert result["networks"].startswith("the network at parameter 'mid.bias' differs between processes")
     assert result["not finite"] == "parameter 'out.bias' has entries that are not finite"
     assert result["copies"].startswith("parameter 'out.weight' differs between processes")
 

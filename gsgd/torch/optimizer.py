@@ -37,8 +37,8 @@ class GSGD(PathOptimizer):
     Notes
     -----
     Float32 and float64 tensors on the CPU are updated by the C core in place, without copies, on the strides that
-    they have, others on CUDA by Triton's kernels. All else, sharded parameters too, takes the same step in array
-    operations on its device. `step` does not wait for a device.
+    they have, others on CUDA by Triton's kernels; so is what a process holds of sharded parameters. All else takes the
+    same step in array operations on its device. `step` does not wait for a device.
 
     A complex parameter that is trained takes torch's own step, and pins the units that it meets. Parameters of integers
     and booleans stay.
