@@ -161,25 +161,19 @@ def _graph() -> Inputs:
 SHIPPED: dict[str, dict[str, Case]] = {
     "torchvision": {
         "ResNet-18": torchvision("resnet18"),
-        "ResNet-50": torchvision("resnet50"),
         "ResNeXt": lambda: _torchvision_resnet(groups=32, width_per_group=2),
         "WideResNet": lambda: _torchvision_resnet(width_per_group=128),
         "DenseNet": torchvision("DenseNet", growth_rate=8, block_config=(2, 3), num_init_features=16),
-        "GoogLeNet with auxiliary heads": torchvision("googlenet", 96, init_weights=False),
-        "Inception-v3": torchvision("inception_v3", 96, init_weights=False, aux_logits=False),
         "SqueezeNet": torchvision("squeezenet1_1"),
         "MobileNet-v2": torchvision("mobilenet_v2", width_mult=0.25),
         "MobileNet-v3": torchvision("mobilenet_v3_small", width_mult=0.5),
         "MnasNet": torchvision("mnasnet0_5"),
         "ShuffleNet-v2": torchvision("shufflenet_v2_x0_5"),
         "EfficientNet": torchvision("efficientnet_b0"),
-        "RegNet-X": torchvision("regnet_x_400mf"),
         "RegNet-Y": torchvision("regnet_y_400mf"),
         "Swin": torchvision(
             "SwinTransformer", patch_size=[4, 4], embed_dim=24, depths=[1, 1], num_heads=[2, 4], window_size=[4, 4]
         ),
-        "DeepLab-v3": torchvision("deeplabv3_mobilenet_v3_large", part="models.segmentation", weights_backbone=None),
-        "LR-ASPP": torchvision("lraspp_mobilenet_v3_large", part="models.segmentation", weights_backbone=None),
     },
     "timm": {
         "ViT": timm("vit_tiny_patch16_224", img_size=64, depth=2),
@@ -198,19 +192,11 @@ SHIPPED: dict[str, dict[str, Case]] = {
         "EfficientNet-Lite": timm("efficientnet_lite0"),
         "MobileNet-v1": timm("mobilenetv1_100"),
         "MobileNet-v4": timm("mobilenetv4_conv_small_050"),
-        "RepVGG": timm("repvgg_a0"),
         "Res2Net": timm("res2net50_26w_4s", layers=(1, 1, 1, 1)),
         "ResNeSt": timm("resnest14d", channels=(16, 24, 32, 40)),
         "SE-ResNet": timm("seresnet18", layers=(1, 1, 1, 1), channels=(16, 24, 32, 40)),
         "SK-ResNet": timm("skresnet18", layers=(1, 1, 1, 1), channels=(16, 24, 32, 40)),
         "ResNet-v2": timm("resnetv2_50", layers=(1, 1, 1, 1), channels=(32, 48, 64, 96), stem_chs=16),
-        "NF-ResNet": timm("nf_resnet26"),
-        "CSP-ResNet": timm("cspresnet50"),
-        "DLA": timm("dla46_c"),
-        "HRNet": timm("hrnet_w18_small"),
-        "VoVNet": timm("ese_vovnet19b_dw"),
-        "GhostNet": timm("ghostnet_050"),
-        "LeViT": timm("levit_128s", 224),
         "Sequencer (LSTM)": timm(
             "sequencer2d_s",
             layers=(1, 1),
@@ -220,9 +206,7 @@ SHIPPED: dict[str, dict[str, Case]] = {
             mlp_ratios=(2, 2),
         ),
     },
-    "segmentation_models_pytorch": {
-        name: segmentation(name) for name in ("Unet", "Linknet", "FPN", "PSPNet", "DeepLabV3Plus", "MAnet")
-    },
+    "segmentation_models_pytorch": {name: segmentation(name) for name in ("FPN", "DeepLabV3Plus")},
     "transformers": {
         "OPT": texts("OPTForCausalLM", **OPT),
         "OPT, padded": texts("OPTForCausalLM", masked=True, **OPT),

@@ -69,6 +69,9 @@ def found() -> Iterator[Found]:
 def test_architecture(key: Key, found: Found) -> None:
     torch.manual_seed(0)
     model, inputs = ALL[key]()
+    for p in model.parameters():  # zeros would hide what is wrong
+        if p.requires_grad and not p.any():
+            nn.init.normal_(p, std=0.1)
     net, seconds = timed_trace(model, inputs)
     assert net.num_units >= units_on_page().get(key, 0)
     verify(model, net, inputs)
@@ -181,9 +184,10 @@ def units_on_page() -> dict[Key, int]:
 PREFACE = """# Architectures
 
 What tracing makes of {number} architectures: written plainly, or as other libraries ship them, most of them made small,
-and called as their users call them. `make test-wild` tries all of them, and writes this page. Each is traced and
-verified. Then its units are rescaled by random powers of 2: its outputs stay the same in every bit. A step of G-SGD
-goes down the gradient, and a step from the rescaled model leads to the same function.
+and called as their users call them. `make test-wild` tries all of them, and writes this page. Parameters that start at
+zero, which would hide faults, get random values. Then each is traced and verified. Its units are rescaled by random
+powers of 2: its outputs stay the same in every bit. A step of G-SGD goes down the gradient, and a step from the
+rescaled model leads to the same function.
 
 - **Units** can be rescaled. **Weights that meet one** lead into it or out of it; all others take plain steps.
 - **Trace** is what it takes on one core. At the sizes that people train, on images of 224 x 224, {large}.
