@@ -40,8 +40,7 @@ def join(
         np.where(ready[:, None], new, old) for new, old in zip(skeleton.edge_arrays, coordinates.edges, strict=True)
     ]
     t = network_layout(net, {name: a.shape for name, a in arrays.items()}, edges[0], edges[1])
-    given = list(arrays.values())
-    now = np.where(t.edge < len(t.owner), at_edges(t, given, given).astype(np.float64)[t.edge], 1.0)
+    now = np.append(at_edges(t, list(arrays.values())).astype(np.float64), 1.0)[t.edge]
     weights = [np.where(ready, w, old) for w, old in zip(now[:, :-1], coordinates.scale[:2], strict=True)]
     a, b = relative(t, Scale.of(np.asarray, weights[IN], weights[OUT], coordinates.c), now)
     c = np.append(coordinates.c, 1.0)

@@ -66,7 +66,7 @@ class PathOptimizer(torch.optim.Optimizer):
         self._count_of_params = 0
         self._plan: Any = None
         self._seen: tuple[int, ...] = ()
-        self._stats = Stats()
+        self._stats, self._tries = Stats(), 0
         super().__init__(named, defaults)
         tensors = self._tensors()
         for name in network.shapes:
@@ -113,7 +113,7 @@ class PathOptimizer(torch.optim.Optimizer):
 
         Since construction a checkpoint, or another process (DDP), may have replaced them.
         """
-        if self._stats.steps > 0 or self._options.scale == "ones":  # which has made weights of its own
+        if self._tries > 0 or self._options.scale == "ones":  # which has made weights of its own
             return
         changed = self._seen != fingerprint(self._values())
         tensors = self._tensors()
@@ -125,7 +125,7 @@ class PathOptimizer(torch.optim.Optimizer):
     @property
     def stats(self) -> Stats:
         """Counts of steps, of clamped ratios and of steps left out; reading it waits for the device."""
-        return Stats(self._stats.steps, int(self._stats.clamped), int(self._stats.skipped))
+        return Stats(int(self._stats.steps), int(self._stats.clamped), int(self._stats.skipped))
 
     @property
     def engine(self) -> EngineName:
@@ -246,7 +246,8 @@ class PathOptimizer(torch.optim.Optimizer):
         limits = (limit(self._options.max_ratio), limit(self._options.clip_norm))
         engine.step(gradients, moments, methods, which, limits, threads, self._stats)
         self._count(engine, gradients)
-        if is_due(self._stats.steps):
+        self._tries += 1  # of which the device knows how many were left out
+        if is_due(self._tries):
             self._join()
         return loss
 
@@ -375,10 +376,10 @@ class PathOptimizer(torch.optim.Optimizer):
         self._coordinates, self._engine = coordinates, None
         self._plan, self._seen = None, ()
         if stats is not None:
-            self._stats = stats
+            self._stats, self._tries = stats, stats.steps + stats.skipped
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = ("network", "_coordinates", "_options", "_engine_option")
+        kept = ("network", "_coordinates", "_options", "_engine_option", "_tries")
         return {**super().__getstate__(), **{name: getattr(self, name) for name in kept}, "_stats": self.stats}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

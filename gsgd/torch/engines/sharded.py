@@ -15,11 +15,11 @@ from gsgd.layout import convert, network_layout, part
 from gsgd.methods import Method
 from gsgd.network import Network
 from gsgd.optimizer import Stats
-from gsgd.torch.engines.base import Engine, Tensors, to_device
+from gsgd.torch.engines.base import CountingEngine, Tensors, to_device
 from gsgd.torch.shards import Shards, local
 
 
-class ShardedEngine(Engine):
+class ShardedEngine(CountingEngine):
     """Gather on what is here, sum over processes, solve everywhere alike, apply to what is here.
 
     The sums are of S per unit, weights, gradients and moments of tree edges, and a count of processes that have seen
@@ -42,6 +42,8 @@ class ShardedEngine(Engine):
         if not all(self.shards.counts):
             self.counted = convert(part(whole, self.shards.counted), asarray)
         self.scale = stages.Scale.of(asarray, *coordinates.scale)
+        self.absent = self.whole.edge == len(self.whole.owner)
+        self.bounds = stages.bounds_of(self.scale.c, [p.dtype for p in self.aliases], 1)
 
     def is_current(self) -> bool:
         """Whether what is here of every parameter still lies where it did."""
@@ -60,11 +62,12 @@ class ShardedEngine(Engine):
         """What all processes have gathered, by one all-reduce."""
         per_unit = {f.name: getattr(found, f.name) for f in fields(found) if f.name != "largest"}
         per_unit = {name: x for name, x in per_unit.items() if x is not None}
-        unfit = (~found.largest.isfinite()).any().to(found.s).reshape(1)
+        unfit = sum((~x.isfinite() for x in found.largest), start=torch.zeros_like(found.q[:1]))
         total = self.shards.total(torch.cat([*(x.reshape(-1) for x in per_unit.values()), unfit]))
         parts = torch.split(total[:-1], [x.numel() for x in per_unit.values()])
         sums = {name: part.reshape(x.shape) for (name, x), part in zip(per_unit.items(), parts, strict=True)}
-        return replace(found, **sums, largest=torch.where(total[-1:] == 0, 0.0, torch.inf))
+        sums["weights"] = sums["weights"] + self.absent
+        return replace(found, **sums, largest=[torch.where(total[-1] == 0, 0.0, torch.inf)])
 
     def step(
         self,
@@ -80,16 +83,18 @@ class ShardedEngine(Engine):
         m, v = ([None if x is None else local(x) for x in kind] for kind in moments)
         pairs = list(zip(m, v, strict=True))
         found = self.total(stages.gather(self.counted, weights, own, pairs))
-        a, b = stages.relative(self.whole, self.scale, found.weights)
+        ab = stages.relative(self.whole, self.scale, found.weights)
         max_ratio, clip_norm = limits
         squares = None
         if math.isfinite(clip_norm):
             counted = [g if counts else None for g, counts in zip(own, self.shards.counts, strict=True)]
-            squares = self.shards.total(stages.sum_of_squares(self.counted, a, b, counted))
+            squares = self.shards.total(stages.sum_of_squares(self.counted, ab, counted))
         taken = [None if g is None else methods[i] for g, i in zip(gradients, which, strict=True)]
-        types = [w.dtype for w in weights]
-        solution = stages.solve(self.whole, a, b, found, None, squares, taken, types, max_ratio, clip_norm)
+        solution = stages.solve(self.whole, ab, found, None, squares, taken, self.bounds, max_ratio, clip_norm)
 
-        factors = stages.spread(self.here, solution, weights)
-        each = zip(self.here.arrays, factors, weights, own, pairs, (methods[i] for i in which), strict=True)
-        self.write(pairs, (stages.apply(*own) for own in each), solution, stats)
+        each_method = [methods[i] for i in which]
+        factors = stages.spread(self.here, solution, weights, each_method)
+        each = zip(self.here.arrays, factors, weights, own, pairs, each_method, strict=True)
+        for a, f, *others in each:
+            stages.apply(a, f, solution.finite, *others)
+        self.count(solution, gradients, stats)

@@ -327,7 +327,7 @@ class TritonEngine(Engine):
         self.squares = zeros(self.tiles + self.programs, torch.float64)
         self.solved = zeros(2 * self.programs, torch.int32)
         self.clip = torch.ones(1, dtype=torch.float64, device=device)
-        self.counted = zeros(2, torch.int64)
+        self.counted = zeros(3, torch.int64)
         self.counts = zeros(2 * count, torch.int64)
         self.steps_taken = list(self.counts[:count].unbind())
         self.arrays = Upload(7 * count, torch.int64, device)
@@ -362,13 +362,12 @@ class TritonEngine(Engine):
                     if x is not None and copy is not None and copy is not x:
                         x.copy_(copy)
         self.tell_autograd(gradients)
-        stats.steps += 1
 
     def _follow(self, stats: Stats) -> None:
         """From the first step on, the device counts."""
         if self.stats is not stats:
-            self.counted.copy_(torch.tensor([int(stats.clamped), int(stats.skipped)]))
-            stats.clamped, stats.skipped = self.counted.unbind()  # type: ignore[assignment]
+            self.counted.copy_(torch.tensor([int(stats.clamped), int(stats.skipped), int(stats.steps)]))
+            stats.clamped, stats.skipped, stats.steps = self.counted.unbind()  # type: ignore[assignment]
             self.stats = stats
 
     def _apart(self, gradients: Tensors) -> Tensors:

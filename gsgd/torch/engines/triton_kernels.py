@@ -458,7 +458,7 @@ def apply(
 ):  # fmt: skip
     """New weights and moments, in one pass; nothing if anything is not finite.
 
-    `stats` counts the ratios that were limited and the steps that were left out.
+    `stats` counts the ratios that were limited, the steps that were left out, and those that were taken.
     """
     pid = tl.program_id(0)
     net = Net(ids, links, places, found, units)
@@ -471,6 +471,7 @@ def apply(
             clamped += tl.sum(tl.load(solved + programs + i + many, i + many < programs, 0))
         tl.store(stats, tl.load(stats) + tl.where(bad == 0, clamped, 0))
         tl.store(stats + 1, tl.load(stats + 1) + tl.where(bad == 0, 0, 1))
+        tl.store(stats + 2, tl.load(stats + 2) + tl.where(bad == 0, 1, 0))
         for i in range(0, count, MANY):
             here = i + many < tl.where(bad == 0, count, 0)
             tl.store(counts + i + many, tl.load(counts + count + i + many, here, 0), here)
