@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+import operator
+from collections.abc import Callable, Iterator, Sequence
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -17,53 +19,135 @@ def real_type(xp: Any, where: Any) -> Any:
     return xp.__array_namespace_info__().dtypes(device=where, kind="real floating").get("float64", xp.float32)
 
 
-def product(w: Array, g: Array) -> Array:
-    """``w * g``, wider than float16, where it would underflow."""
-    xp = array_namespace(w, g)
-    if xp.finfo(w.dtype).bits < 32:
-        w, g = (xp.astype(x, xp.float32) for x in (w, g))
-    return w * g
+def read(x: Array | Sequence[Array]) -> Array:
+    """An array; of several vectors that are joined, a new one."""
+    if not isinstance(x, Sequence):
+        return x
+    return array_namespace(*x).concat(x)
 
 
-def largest(arrays: Sequence[Array | None], like: Sequence[Array]) -> Array:
-    """The largest magnitude of every array that is there and not empty, NaN where an entry is, and a 0."""
-    xp = array_namespace(*like)
-    given = [x for x in arrays if x is not None and math.prod(x.shape)]
-    real = real_type(xp, device(like[0]))
-    if given and is_torch_array(like[0]):
+def types_of(weights: Sequence[Array | Sequence[Array]]) -> list[Any]:
+    """The dtype of each, or of those that are joined."""
+    return [(w[0] if isinstance(w, Sequence) else w).dtype for w in weights]
+
+
+def wide(x: Array) -> Array:
+    """`x` in float32 at least: products of float16 underflow."""
+    xp = array_namespace(x)
+    return xp.astype(x, xp.float32) if xp.finfo(x.dtype).bits < 32 else x
+
+
+def views(a: ArrayLayout, x: Array) -> list[tuple[ArrayLayout, Array]]:
+    """The arrays that `x` consists of, in their shapes."""
+    xp = array_namespace(x)
+    if not a.parts:
+        return [(a, xp.reshape(x, a.shape))]
+    parts = ((p, p.span.of(xp, x)) for p in a.parts)
+    return [(p.array, xp.reshape(xp.permute_dims(part, p.axes), p.array.shape)) for p, part in parts]
+
+
+def times(
+    a: ArrayLayout, x: Array, *factors: Sequence[Array | None], by: Callable[..., Array] = operator.imul
+) -> Array:
+    """`x` times factors of its lines or positions, of which every part has one or None; in place where joined."""
+    xp = array_namespace(x)
+    if a.parts:
+        for (_, view), *own in zip(views(a, x), *factors, strict=True):
+            for factor in own:
+                if factor is not None:
+                    by(view, factor)
+        return x
+    given = [factor for (factor,) in factors if factor is not None]
+    if not given:
+        return x
+    new = xp.reshape(x, a.shape)
+    new = new / given[0] if by is operator.itruediv else new * given[0]
+    for factor in given[1:]:
+        new = by(new, factor)
+    return xp.reshape(new, x.shape)
+
+
+def scaled(a: ArrayLayout, x: Array, factor: Any) -> Array:
+    """`x` times a number; in place where joined."""
+    if a.parts:
+        x *= factor
+        return x
+    return x * factor
+
+
+def average(x: Array, y: Array, beta: Any) -> Array:
+    """``beta * x + (1 - beta) * y``, in the place of y where arrays can be written to."""
+    if is_torch_array(y) and isinstance(beta, float):
+        return y.lerp_(x, beta)
+    y *= 1 - beta
+    y += beta * x
+    return y
+
+
+def select(finite: Array, old: Array, new: Array) -> Array:
+    """The new array, or the old one unless all is `finite`; PyTorch writes it to the old one."""
+    if is_torch_array(old):
         import torch
 
-        found = list(torch._foreach_norm(given, math.inf))  # one call for all
-    else:
-        found = [xp.max(xp.abs(x)) for x in given]
-    return xp.stack([xp.zeros((), dtype=real, device=device(like[0])), *(xp.astype(x, real) for x in found)])
+        return torch.where(finite, new, old, out=old)
+    xp = array_namespace(old)
+    return xp.where(finite, xp.astype(new, old.dtype), old)
 
 
-def at_edges(t: Layout, arrays: Sequence[Array | None], like: Sequence[Array]) -> Array:
-    """The entries of `arrays` at the tree edges, (E + 1,): 0 for the last, and where there is no array.
+def products(a: ArrayLayout, w: Array, g: Array | None) -> tuple[list[Array], Array]:
+    """Of ``w * g``, the sums over rows for every position, and the entries at the tree edges; 0 without g.
 
-    Types and devices are those of the arrays `like`.
+    Joined arrays' products are written over g.
     """
-    xp, where = array_namespace(*like), device(like[0])
-    found = [
-        xp.zeros(a.edges.shape, dtype=old.dtype, device=where) if x is None else x[a.index]
-        for a, x, old in zip(t.arrays, arrays, like, strict=True)
-        if a.edges.size
-    ]
-    return xp.concat([*found, xp.zeros((1,), dtype=like[0].dtype, device=where)])
+    xp, where = array_namespace(w), device(w)
+    real = real_type(xp, where)
+    if g is None:
+        sizes = [own.cols.size for own, _ in views(a, w) if own.cols]
+        return [xp.zeros((n,), dtype=real, device=where) for n in sizes], xp.zeros(
+            a.edges.shape, dtype=real, device=where
+        )
+    w, g = wide(w), wide(g)
+    if a.parts:
+        g *= w
+        at_edges = g[a.index]
+    else:
+        at_edges = w[a.index] * g[a.index]
+        g = w * g if a.cols else g
+    with_columns = [(own, view) for own, view in views(a, g) if own.cols]
+    return [xp.reshape(xp.sum(x, axis=own.over_rows, dtype=real), (-1,)) for own, x in with_columns], at_edges
+
+
+def largest(arrays: Sequence[Array | Sequence[Array] | None]) -> list[Array]:
+    """The largest magnitude of every array that is there and not empty, NaN where an entry is."""
+    each = [y for x in arrays if x is not None for y in (x if isinstance(x, Sequence) else [x])]
+    given = [x for x in each if math.prod(x.shape)]
+    if given and is_torch_array(given[0]):
+        import torch
+
+        return list(torch._foreach_norm(given, math.inf))  # one call for all
+    return [array_namespace(x).max(array_namespace(x).abs(x)) for x in given]
+
+
+def at_edges(t: Layout, arrays: Sequence[Array]) -> Array:
+    """The entries of arrays at the tree edges, (E,)."""
+    xp = array_namespace(*arrays)
+    found = [x[a.index] for a, x in zip(t.arrays, arrays, strict=True) if a.edges.size]
+    return xp.concat(found) if found else xp.zeros((0,), dtype=arrays[0].dtype)
 
 
 def set_edges(a: ArrayLayout, x: Array, values: Array) -> Array:
-    """`x`, an array or shaped as ``a.shape``, with `values` at the tree edges; NumPy and PyTorch write to it.
+    """`x` with `values` at the tree edges; NumPy and PyTorch write to it.
 
     Elsewhere lines are compared with the places of their edges, which compiles to less than a scatter does, and leaves
     a sharded array where it is.
     """
     xp = array_namespace(x)
+    if not a.edges.size:
+        return x
     if is_numpy_array(x) or is_torch_array(x):
-        x = xp.reshape(x, a.whole)
         x[a.index] = values
         return x
+    new = xp.reshape(x, a.shape)
     for places in (a.chain, a.free):
         if places is not None:
             here = places.edge >= 0
@@ -71,20 +155,36 @@ def set_edges(a: ArrayLayout, x: Array, values: Array) -> Array:
                 if at is not None:
                     extents = tuple(n if i == axis else 1 for i, n in enumerate(a.shape))
                     here = here & (xp.reshape(xp.arange(a.shape[axis]), extents) == at)
-            x = xp.where(here, values[places.edge], x)
-    return x
+            new = xp.where(here, values[places.edge], new)
+    return xp.reshape(new, x.shape)
 
 
-def cut(values: Array, ids: Array, spans: Sequence[Span | None]) -> list[Array | None]:
-    """``values[ids]`` in parts, None for None.
+def cut(table: Array, t: Layout) -> Iterator[tuple[list[Array | None], ...]]:
+    """Of every array, in lists of one for each of its parts, 1 / A of their positions and 1 / B of their lines.
 
-    In one call, but for JAX, whose compiler makes one kernel of equal ones: they must not differ in where they begin.
+    If the table is that of `stages.Solution.factors` (and not of its first two rows alone), then also 1 / rho of
+    positions, and in lists of one the new weights of tree edges and dl/dx of these.
+
+    All are read in one call, but for JAX, whose compiler makes one kernel of equal ones: they must not differ in where
+    they begin.
     """
-    xp = array_namespace(values)
-    if is_jax_array(values):
-        return [None if span is None else values[span.of(np, ids)] for span in spans]
-    values = values[ids]
-    return [None if span is None else span.of(xp, values) for span in spans]
+    xp = array_namespace(table)
+    cols, rows, edges = t.cols.shape[0], t.rows.shape[0], t.owner.shape[0]
+    starts = list(accumulate((0, cols, rows, cols, edges)))[: 5 if table.shape[0] > 2 else 2]
+    ids = t.factors if len(starts) == 5 else t.factors[: cols + rows]
+    table = xp.reshape(table, (-1,))
+    values = None if is_jax_array(table) else table[ids]
+
+    def of(start: int, span: Span | None) -> Array | None:
+        if span is None:
+            return None
+        here = Span(start + span.start, span.shape)
+        return table[here.of(np, ids)] if values is None else here.of(xp, values)
+
+    for a in t.arrays:
+        cols_of, rows_of = [x.cols for x in a.arrays], [x.rows for x in a.arrays]
+        spans: Sequence[Sequence[Span | None]] = (cols_of, rows_of, cols_of, [a.edges], [a.edges])
+        yield tuple([of(start, span) for span in kind] for start, kind in zip(starts, spans, strict=False))
 
 
 def along(jumps: Sequence[Array], x: Array, combine: Callable[[Array, Array], Array]) -> Array:

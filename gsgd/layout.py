@@ -88,6 +88,8 @@ class ArrayLayout:
         The first of the two axes of `shape` that are one of the array; -1: none are.
     chain, free : Places or None
         The same tree edges: in-edges of chains, by row; free edges, by column. None where the array has none.
+    parts : tuple of Part
+        Of a vector of several arrays, see `join`, where these are: they have its rows and columns.
     """
 
     shape: Shape
@@ -98,6 +100,12 @@ class ArrayLayout:
     groups: int
     chain: Places | None
     free: Places | None
+    parts: tuple[Part, ...] = ()
+
+    @property
+    def arrays(self) -> list[ArrayLayout]:
+        """The arrays that it consists of."""
+        return [p.array for p in self.parts] or [self]
 
     @property
     def whole(self) -> Shape:
@@ -113,8 +121,27 @@ class ArrayLayout:
 
 
 @dataclass(frozen=True, eq=False)
+class Part:
+    """Where an array lies in a vector of several.
+
+    Attributes
+    ----------
+    span : Span
+        Its entries, of the shape that it has in the order in which they lie there.
+    axes : tuple of int
+        Which axis of that shape is each axis of the array.
+    array : ArrayLayout
+        Without tree edges, which are those of the vector.
+    """
+
+    span: Span
+    axes: tuple[int, ...]
+    array: ArrayLayout
+
+
+@dataclass(frozen=True, eq=False)
 class Layout:
-    """Tables of integers, of a network and its trees.
+    """Tables of a network and its trees.
 
     Attributes
     ----------
@@ -126,10 +153,13 @@ class Layout:
         u, which is free. (They index what has the shape (2, H + 1), flattened.)
     edge : int array, shape (2, H + 1)
         The inverse: the in-edge and the out-edge of every unit among tree edges; E where there is none.
+    reads : int array, shape (4, H + 1)
+        Where a step finds what is at tree edges in rows of E + 1 numbers, the last of which are for units without:
+        weights of in-edges and out-edges in the first, moments of chains in the next two.
     end : int array, shape (2, H + 1)
         The unit at the other end of the in-edge, its source, and of the out-edge.
-    root : int array, shape (H + 1,)
-        The chain root: where following free in-edges ends (METHOD.md, section 2).
+    roots : int array, shape (2, H + 1)
+        The chain root: where following free in-edges ends (METHOD.md, section 2), and that of the in-edge's source.
     chain : bool array, shape (H + 1,)
         Whether a unit owns a chain: it has an in-edge, which is not free.
     array : int array, shape (H + 1,)
@@ -137,8 +167,15 @@ class Layout:
     jumps : tuple of int arrays, shape (2, H + 1)
         For products along both trees: after each jump a unit has gathered twice as many. They index as `owner` does.
     sums : tuple of int arrays, shapes (n, k)
-        For the sum per chain root of what leaves its units. The first adds up rows of a vector, (positions + E + 1,):
-        one number per position, one per tree edge, and 0; the next does so with the sums, and the last has H + 1 rows.
+        For q per chain (METHOD.md, section 2). The first adds up entries of a vector, (positions + E + 1,): one number
+        per position, one per tree edge, and 0; the next does so with the sums, and the last has H + 1 rows.
+    sign : array, shape (positions + E + 1,)
+        1 or -1: whether they are added or subtracted.
+    ends : array, shape (2,)
+        What stands for tree edges that are not there: 0, and 1 for their weights. In a part of a layout both are 0.
+    factors : int array, shape (lines + 2 positions + 2 E,)
+        What arrays need of the table `stages.Solution.factors`, (6, H + 1), flattened: 1 / A of their positions, 1 / B
+        of their lines, 1 / rho of their positions, new weights of their tree edges and dl/dx of these.
     """
 
     arrays: tuple[ArrayLayout, ...]
@@ -146,12 +183,21 @@ class Layout:
     cols: Array
     owner: Array
     edge: Array
+    reads: Array
     end: Array
-    root: Array
+    roots: Array
     chain: Array
     array: Array
     jumps: tuple[Array, ...]
     sums: tuple[Array, ...]
+    sign: Array
+    ends: Array
+    factors: Array
+
+    @property
+    def root(self) -> Array:
+        """The chain root."""
+        return self.roots[0]
 
 
 def layout(
@@ -242,12 +288,16 @@ def layout(
         cols=all_cols.astype(np.int32),
         owner=owner.astype(np.int32),
         edge=edge.astype(np.int32),
+        reads=_reads(edge, chain, len(edges)),
         end=end.astype(np.int32),
-        root=root.astype(np.int32),
+        roots=np.stack([root, root[end[IN]]]).astype(np.int32),
         chain=chain,
         array=array.astype(np.int32),
         jumps=jumps,
         sums=_sums(_owners(root, all_cols, owner), units),
+        sign=_signs(all_cols, owner),
+        ends=np.array([0.0, 1.0]),
+        factors=_factors(all_rows, all_cols, owner, units),
     )
 
 
@@ -316,8 +366,68 @@ def part(t: Layout, held: Sequence[Sequence[NDArray[np.int64]] | None]) -> Layou
         cols=all_cols,
         owner=owner,
         edge=of_edge[t.edge],
+        reads=_reads(of_edge[t.edge], t.chain, len(numbers)),
         sums=_sums(_owners(t.root, all_cols, owner), units),
+        sign=_signs(all_cols, owner),
+        ends=np.zeros(2),
+        factors=_factors(all_rows, all_cols, owner, units),
     )
+
+
+def join(t: Layout, groups: Sequence[tuple[int, ...]], strides: Sequence[tuple[int, ...]]) -> Layout:
+    """The layout in which arrays are joined.
+
+    Parameters
+    ----------
+    groups : sequence of tuples of int
+        All arrays in their order, those together that are to be one vector. One by itself stays as it is.
+    strides : sequence of tuples of int
+        Of every array: entries are joined in the order in which they lie in memory, without gaps.
+    """
+    arrays: list[ArrayLayout] = []
+    for group in groups:
+        if len(group) == 1:
+            arrays.append(t.arrays[group[0]])
+            continue
+        own = [t.arrays[i] for i in group]
+        parts: list[Part] = []
+        places = [np.zeros(0, np.int32)]
+        start = 0
+        for i, a in zip(group, own, strict=True):
+            order = sorted(range(len(a.whole)), key=lambda axis: -strides[i][axis])
+            shape = tuple(a.whole[axis] for axis in order)
+            if a.edges.size:
+                at = np.ravel_multi_index([a.index[axis] for axis in order], shape)
+                places.append((start + at).astype(np.int32))
+            bare = replace(a, edges=Span(0, (0,)), index=(), chain=None, free=None)
+            part = Part(Span(start, shape), tuple(order.index(axis) for axis in range(len(shape))), bare)
+            start = part.span.stop
+            both = _in_one(parts[-1], part) if parts else None
+            parts = [*parts[:-1], both] if both else [*parts, part]
+        index = np.concatenate(places)
+        edges = Span(own[0].edges.start, (len(index),))
+        arrays.append(ArrayLayout((start,), None, None, edges, (index,), -1, None, None, tuple(parts)))
+    number = np.full(len(t.arrays) + 1, -1, dtype=np.int32)  # the last for units that are pinned
+    for new, group in enumerate(groups):
+        number[list(group)] = new
+    return replace(t, arrays=tuple(arrays), array=number[t.array])
+
+
+def _in_one(first: Part, second: Part) -> Part | None:
+    """Two vectors as one, if what stands for their entries stands in the tables one after the other."""
+    a, b = first.array, second.array
+    if len(a.shape) != 1 or len(b.shape) != 1:
+        return None
+    spans: list[Span | None] = []
+    for x, y in ((a.rows, b.rows), (a.cols, b.cols)):
+        if x is None and y is None:
+            spans.append(None)
+        elif x is None or y is None or x.shape != a.shape or y.shape != b.shape or x.stop != y.start:
+            return None
+        else:
+            spans.append(Span(x.start, (x.size + y.size,)))
+    n = (a.shape[0] + b.shape[0],)
+    return Part(Span(first.span.start, n), (0,), replace(a, shape=n, rows=spans[0], cols=spans[1]))
 
 
 def network_layout(net: Network, shapes: Mapping[str, Shape], in_edges: Edges, out_edges: Edges) -> Layout:
@@ -424,7 +534,7 @@ def convert(t: Layout, asarray: Callable[[NDArray[Any]], Array]) -> Layout:
             return asarray(x)
         if isinstance(x, tuple):
             return tuple(map(of, x))
-        if isinstance(x, (Places, ArrayLayout, Layout)):
+        if isinstance(x, (Places, ArrayLayout, Part, Layout)):
             return type(x)(**{f.name: of(getattr(x, f.name)) for f in fields(x)})
         return x
 
@@ -532,9 +642,26 @@ def _merged(ids: Ids, a: ArrayLayout) -> Ids:
 
 
 def _owners(root: NDArray[Any], cols: NDArray[Any], owner: NDArray[Any]) -> NDArray[np.int64]:
-    """Whose sum S each position and each tree edge enters, H for none: what free edges add is taken back."""
+    """Whose q each position and each tree edge enters, H for none: S of positions, less what free edges add to it."""
     units = len(root) - 1
-    return np.append(root[cols], np.where(owner > units, root[owner - units - 1], units)).astype(np.int64)
+    return np.append(root[cols], np.where(owner > units, root[owner - units - 1], owner)).astype(np.int64)
+
+
+def _reads(edge: NDArray[Any], chain: NDArray[np.bool_], count: int) -> Ids:
+    moments = np.where(chain, edge[IN], count)
+    return np.stack([*edge, count + 1 + moments, 2 * (count + 1) + moments]).astype(np.int32)
+
+
+def _signs(cols: NDArray[Any], owner: NDArray[Any]) -> NDArray[np.float64]:
+    """How they enter."""
+    return np.repeat([-1.0, 1.0], [len(cols), len(owner) + 1])
+
+
+def _factors(rows: NDArray[Any], cols: NDArray[Any], owner: NDArray[Any], units: int) -> Ids:
+    """The places in a table of six numbers per unit: see `Layout.factors`."""
+    n = units + 1
+    slopes = 5 * n + np.minimum(owner, units)  # of free edges that of pinned ends, 0
+    return np.concatenate((cols, n + rows, 2 * n + cols, 3 * n + owner, slopes)).astype(np.int32)
 
 
 def _sums(owner: NDArray[np.int64], units: int, width: int = 16) -> tuple[Ids, ...]:

@@ -15,9 +15,15 @@ from typing import Any, ClassVar, NamedTuple, Self, TypeAlias
 import numpy as np
 from array_api_compat import array_namespace
 
+from gsgd.entries import average
+
 Array: TypeAlias = Any
 Number: TypeAlias = Any  # a float; or an array of no dimensions, whose value a device or a trace will know
 Moments: TypeAlias = tuple[Array | None, Array | None]
+
+
+def _new(old: Array, new: Array) -> Array:
+    return new
 
 
 class Row(NamedTuple):
@@ -69,8 +75,23 @@ class Method:
         """The inverse of `row`."""
         raise NotImplementedError
 
-    def direction(self, xp: Any, d: Array, m: Array | None, v: Array | None) -> tuple[Array, Moments]:
-        """The direction in which coordinates move, from their gradients d and moments; and the new moments."""
+    @property
+    def decays(self) -> bool:
+        """Whether there is weight decay."""
+        return _may_differ_from_0(self.weight_decay)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether a step is lr times the gradient."""
+        return not (self.has_m or self.has_v or self.decays)
+
+    def direction(
+        self, d: Array, m: Array | None, v: Array | None, keep: Callable[[Array, Array], Array] = _new
+    ) -> tuple[Array, Moments]:
+        """The direction in which coordinates move, from their gradients d and moments; and the new moments.
+
+        Moments are what `keep` makes of old and new ones. With a second moment, d is written over where arrays can be.
+        """
         raise NotImplementedError
 
     def at(self, step: Number) -> Self:
@@ -132,10 +153,14 @@ class SGD(Method):
     def of_row(cls, row: Row) -> Self:
         return cls(row.lr, row.momentum, bool(row.nesterov), row.weight_decay)
 
-    def direction(self, xp: Any, d: Array, m: Array | None, v: Array | None) -> tuple[Array, Moments]:
+    def direction(
+        self, d: Array, m: Array | None, v: Array | None, keep: Callable[[Array, Array], Array] = _new
+    ) -> tuple[Array, Moments]:
         if m is None:
             return d, (None, v)
-        m = self.momentum * m + d
+        new = self.momentum * m
+        new += d
+        m = keep(m, new)
         return (d + self.momentum * m if self.nesterov else m), (m, v)
 
 
@@ -174,11 +199,18 @@ class Adam(Method):
         betas, correct = (row.momentum, row.second), (row.correct_m, row.correct_v)
         return cls(row.lr, betas, row.eps, row.weight_decay, bool(row.decoupled), correct)
 
-    def direction(self, xp: Any, d: Array, m: Array | None, v: Array | None) -> tuple[Array, Moments]:
+    def direction(
+        self, d: Array, m: Array | None, v: Array | None, keep: Callable[[Array, Array], Array] = _new
+    ) -> tuple[Array, Moments]:
         (first, second), (correct_m, correct_v) = self.betas, self.correct
-        v = second * v + (1 - second) * (d * d)
-        m = first * m + (1 - first) * d
-        return correct_m * m / (xp.sqrt(correct_v * v) + self.eps), (m, v)
+        v = keep(v, average(v, d * d, second))
+        m = keep(m, average(m, d, first))
+        d = correct_v * v
+        d = array_namespace(d).sqrt(d)
+        d += self.eps
+        e = correct_m * m
+        e /= d
+        return e, (m, v)
 
     def at(self, step: Number) -> Self:
         first, second = self.betas
@@ -215,11 +247,18 @@ class RMSprop(Method):
     def of_row(cls, row: Row) -> Self:
         return cls(row.lr, row.second, row.eps, row.weight_decay, row.momentum)
 
-    def direction(self, xp: Any, d: Array, m: Array | None, v: Array | None) -> tuple[Array, Moments]:
-        v = self.alpha * v + (1 - self.alpha) * (d * d)
-        d = d / (xp.sqrt(v) + self.eps)
+    def direction(
+        self, d: Array, m: Array | None, v: Array | None, keep: Callable[[Array, Array], Array] = _new
+    ) -> tuple[Array, Moments]:
+        v = keep(v, average(v, d * d, self.alpha))
+        root = array_namespace(v).sqrt(v)
+        root += self.eps
+        d /= root
+        del root  # it may be large
         if m is not None:
-            m = d = self.momentum * m + d
+            new = self.momentum * m
+            new += d
+            m = d = keep(m, new)
         return d, (m, v)
 
 

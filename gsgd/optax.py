@@ -318,7 +318,9 @@ def _transformation(
         now = make(lr=learning_rate(count)) if callable(learning_rate) else method
         new, solution = stages.step(
             trees.layout,
-            stages.Scale(jnp.stack([reference.in_weights, reference.out_weights]), reference.c),
+            stages.Scale(
+                jnp.stack([reference.in_weights, reference.out_weights]), jnp.stack([1 / reference.c, reference.c])
+            ),
             weights,
             gradients,
             gradients,
@@ -329,25 +331,11 @@ def _transformation(
             options.clip_norm,
         )
 
-        def changed(old: Any, value: Any) -> Any:
-            """The value, unless something is not finite; None where there is no array."""
-            if old is None:
-                return None
-            return jnp.where(solution.finite, value.astype(old.dtype), old)
-
-        found = [
-            (changed(w, x), changed(old_m, new_m), changed(old_v, new_v))
-            for w, old_m, old_v, (x, (new_m, new_v)) in zip(weights, m, v, new, strict=True)
-        ]
-        updates = [x - w for (x, _, _), w in zip(found, weights, strict=True)]
+        values, moments = zip(*new, strict=True) if weights else ((), ())
+        updates = [x - w for x, w in zip(values, weights, strict=True)]
         taken = solution.finite.astype(jnp.int32)
-        return (
-            updates,
-            [x for _, x, _ in found],
-            [x for _, _, x in found],
-            taken,
-            taken * solution.clamped.astype(jnp.int32),
-        )
+        clamped = taken * solution.clamped.astype(jnp.int32)
+        return updates, [m for m, _ in moments], [v for _, v in moments], taken, clamped
 
     compiled = jax.jit(step, static_argnums=0)
 

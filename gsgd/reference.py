@@ -12,7 +12,7 @@ from gsgd.blocks import PINNED, Block
 from gsgd.entries import along, at_edges, set_edges
 from gsgd.layout import IN, Array, ArrayLayout, Edges, Shape, layout
 from gsgd.methods import METHODS, Row
-from gsgd.stages import Scale, gather, step
+from gsgd.stages import Scale, bounds_of, gather, step
 
 
 class Plan:
@@ -119,6 +119,8 @@ class Plan:
         if not all(g is None or np.isfinite(g).all() for g in gradients):
             raise FloatingPointError(-1)
         shared = {row: METHODS[int(row[0])].of_row(Row(*row)) for row in map(tuple, rates.tolist())}
+        given = sum(g is not None and g.size > 0 for g in gradients)
+        bounds = bounds_of(self._scale.c, [w.dtype for w in weights], given)
         with np.errstate(all="ignore"):
             new, solution = step(
                 self._layout,
@@ -131,11 +133,11 @@ class Plan:
                 [shared[tuple(row)] for row in rates.tolist()],
                 max_ratio,
                 None if math.isinf(clip_norm) else clip_norm,
+                bounds,
             )
             if not solution.finite:
-                size = np.abs(solution.checked)
-                size[3:][size[3:] > min(np.finfo(w.dtype).max for w in weights)] = np.inf
-                raise FloatingPointError(int(np.argmin(np.isfinite(size).all(axis=0))))
+                fine = np.abs(solution.checked) <= bounds[: len(solution.checked), None]
+                raise FloatingPointError(int(np.argmin(fine.all(axis=0))))
             for *old, (value, moments) in zip(weights, m, v, new, strict=True):
                 for x, y in zip(old, (value, *moments), strict=True):
                     if x is not None:
@@ -145,7 +147,7 @@ class Plan:
     def _along(self, values: Sequence[Array], combine: Callable[[Array, Array], Array], end: float) -> Array:
         """What `combine` makes of the values of tree edges along both trees, per unit, (2, H + 1)."""
         t = self._layout
-        return along(t.jumps, np.append(at_edges(t, values, values)[:-1], end)[t.edge], combine)
+        return along(t.jumps, np.append(at_edges(t, values), end)[t.edge], combine)
 
     def _at_ends(self, number: int, a: Array, b: Array) -> tuple[Array, Array, ArrayLayout]:
         """What is given per unit at the sources and the destinations of an array's entries."""
@@ -181,10 +183,10 @@ class Plan:
         """The inverse chain rule (section 4.2)."""
         t = self._layout
         found = gather(t, weights, sums, [(None, None)] * len(weights))
-        if not np.isfinite(found.s).all():
+        if not np.isfinite(found.q).all():
             raise FloatingPointError(-1)
         a, b = self._along(weights, np.multiply, 1.0)
-        d = (found.weights[IN] * found.g - found.s) / (a * b)
+        d = found.q / (a * b)
         d = d if norm is None else d / np.append(norm, 1.0)
         of_edges = np.concatenate((d, np.full(self.units + 1, np.nan)))[t.owner]
         for i, (g, to) in enumerate(zip(gradients, out, strict=True)):
@@ -194,7 +196,7 @@ class Plan:
     def allocate(self, weights: list[Array], ratios: list[Array], out: list[Array]) -> None:
         """Weight allocation (section 4.3)."""
         t = self._layout
-        ratio = np.append(at_edges(t, ratios, ratios)[:-1], 1.0)[t.edge[IN]]
+        ratio = np.append(at_edges(t, ratios), 1.0)[t.edge[IN]]
         rho = np.where(t.chain, ratio, 1.0)[t.root]
         for i, (w, r, to) in enumerate(zip(weights, ratios, out, strict=True)):
             source, _, own = self._at_ends(i, rho, rho)

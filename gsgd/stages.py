@@ -1,7 +1,9 @@
 """Gather, solve, apply over the array API standard: the specification of a step, and the oracle of the tests.
 
-All are pure functions of arrays of any namespace that array-api-compat knows. Vectors over units have one more entry,
-H, for every pinned end, where A = B = rho = 1; the two rows of what is given per tree are of in-edges and of out-edges.
+All are functions of arrays of any namespace that array-api-compat knows; `apply` writes to those of PyTorch. Vectors
+over units have one more entry, H, for every pinned end, where A = B = rho = 1; the two rows of what is given per tree
+are of in-edges and of out-edges. Where arrays are joined (`layout.join`) a list of vectors stands for the weights, or
+the gradients, of one.
 Formulas are METHOD.md's: a and b are the products of tree weights from a pinned source and to a pinned destination,
 relative to the reference scale (A and B); x = w A(u) B(v) is the coordinate of an ordinary edge u -> v, A(v) B(v) that
 of a chain.
@@ -10,22 +12,37 @@ of a chain.
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 from array_api_compat import array_namespace, device
 from numpy.typing import NDArray
 
-from gsgd.entries import along, at_edges, cut, largest, product, real_type, set_edges
+from gsgd.entries import (
+    along,
+    cut,
+    largest,
+    products,
+    read,
+    real_type,
+    scaled,
+    select,
+    set_edges,
+    times,
+    types_of,
+    wide,
+)
 from gsgd.layout import IN, OUT, Array, ArrayLayout, Layout
 from gsgd.methods import Method, Moments
 
 
 @dataclass(frozen=True)
 class Scale:
-    """The reference scale: the weights of tree edges, (2, H + 1), and c, (H + 1,); 1 where there is none."""
+    """The reference scale: the weights of tree edges, (2, H + 1), 1 where there is none; and 1 / c and c, likewise."""
 
     weights: Array
     c: Array
@@ -33,39 +50,37 @@ class Scale:
     @classmethod
     def of(cls, asarray: Callable[[NDArray[Any]], Array], in_weights: Any, out_weights: Any, c: Any) -> Scale:
         """From NumPy arrays of shape (H,)."""
-        rows = np.stack([np.append(x, 1.0) for x in (in_weights, out_weights, c)])
-        return cls(asarray(rows[:2]), asarray(rows[2]))
+        weights, c = (
+            np.stack([np.append(x, 1.0) for x in rows]) for rows in ((in_weights, out_weights), (1 / np.asarray(c), c))
+        )
+        return cls(asarray(weights), asarray(c))
 
 
 @dataclass(frozen=True)
 class Gathered:
     """What a step needs of the arrays per unit; of parts of them, these add up to those of the whole.
 
-    S, the sum per chain root; weights of tree edges, (2, H + 1); of in-edges the gradient and the moments. They are 0
-    where there is no edge. And, not per unit, the largest gradients, which shows whether all are finite.
+    q of chains, 0 where there is none; weights of tree edges, (2, H + 1), 1 where there is none (in parts 0); the
+    moments of in-edges. And, not per unit, the largest gradient of every array, which shows whether all are finite.
     """
 
-    s: Array
+    q: Array
     weights: Array
-    g: Array
     m: Array | None
     v: Array | None
-    largest: Array
+    largest: Sequence[Array]
 
 
 @dataclass(frozen=True)
 class Solution:
     """What solve finds.
 
-    1 / rho, 1 / A and 1 / B per unit, (3, H + 1); new weights and moments of tree edges, (2, H + 1); the factor that
-    clips dl/dx; the number of limited ratios; what has to be finite per unit, (9, H + 1), in the types of the weights
-    from the fourth on, and whether it is.
+    Per unit, (6, H + 1): 1 / A, 1 / B, 1 / rho, the new weights of in-edges and of out-edges, and dl/dx of chains. The
+    factor that clips dl/dx; the number of limited ratios; what has to be within `bounds` per unit, (11, H + 1), and
+    whether all is.
     """
 
-    inverse: Array
-    weights: Array
-    m: Array | None
-    v: Array | None
+    factors: Array
     clip: Array | None
     clamped: Array
     checked: Array
@@ -74,173 +89,196 @@ class Solution:
 
 @dataclass(frozen=True)
 class Factors:
-    """The part of a solution that one array needs, in its dtype: shapes that broadcast, None where all are 1."""
+    """The part of a solution that one array needs, in its dtype.
 
-    per_row: Array | None
-    per_col: Array | None
-    per_rho: Array | None
+    1 / A of positions, 1 / B of lines and 1 / rho of positions, for each array that is joined: shapes that broadcast,
+    None where all are 1. New weights of tree edges, and dl/dx of these, 0 where they are free. The squares of the first
+    two for plain gradient descent, which multiplies a gradient by both at once.
+    """
+
+    per_col: list[Array | None]
+    per_row: list[Array | None]
+    per_rho: list[Array | None]
     weights: Array
-    m: Array | None
-    v: Array | None
+    d: Array
     clip: Array | None
+    squares: tuple[list[Array | None], ...] | None
 
 
 def gather(t: Layout, weights: Sequence[Array], sums: Sequence[Array | None], moments: Sequence[Moments]) -> Gathered:
-    """S(v): w g over all edges that leave the units of a chain and are not free (METHOD.md, section 2)."""
-    xp = array_namespace(*weights)
-    real = real_type(xp, device(weights[0]))
-    parts = []
-    for a, w, g in zip(t.arrays, weights, sums, strict=True):
-        if a.cols is not None and g is None:
-            parts.append(xp.zeros((a.cols.size,), dtype=real, device=device(w)))
-        elif a.cols is not None:
-            products = xp.reshape(product(w, g), a.shape)
-            parts.append(xp.reshape(xp.sum(products, axis=a.over_rows, dtype=real), (-1,)))
-    in_w, in_g = at_edges(t, weights, weights), at_edges(t, sums, weights)
-    s = xp.concat([*parts, -xp.astype(product(in_w, in_g), real)])  # what free edges have added is taken back
+    """q = w g - S of chains, with S the sum of w g over all edges that leave their units (METHOD.md, section 2).
+
+    Free edges are in the sums of positions, and then taken back.
+    """
+    xp = array_namespace(weights[0][0] if isinstance(weights[0], Sequence) else weights[0])
+    kinds = [k for k in (0, 1) if any(own[k] is not None for own in moments)]
+    columns: list[Array] = []
+    edges: list[list[Array]] = [[] for _ in ("w g", "w", *kinds)]
+    for a, w, g, own in zip(t.arrays, weights, sums, moments, strict=True):
+        if a.edges.size or any(x.cols for x in a.arrays):
+            w = read(w)
+            found, q = products(a, w, None if g is None else read(g))
+            columns += found
+            each = (xp.zeros_like(q) if x is None else x[a.index] for x in (own[k] for k in kinds))
+            for row, x in zip(edges, (q, w[a.index], *each), strict=True):
+                row.append(x)
+    ends = (t.ends[:1], t.ends[1:], *[t.ends[:1]] * len(kinds))
+    numbers = xp.concat([*columns, *(x for row, end in zip(edges, ends, strict=True) for x in (*row, end))])
+    n = t.sign.shape[0]
+    q = numbers[:n] * t.sign
     for rows in t.sums:
-        s = xp.sum(s[rows], axis=1)
-    m, v = (None if all(x is None for x in own) else at_edges(t, own, weights) for own in zip(*moments, strict=True))
-    g, m, v = (None if x is None else xp.astype(x, real)[t.edge[IN, ...]] for x in (in_g, m, v))
-    return Gathered(s, xp.astype(in_w, real)[t.edge], g, m, v, largest(sums, weights))
+        q = xp.sum(q[rows], axis=1)
+    table = numbers[n:][t.reads[: 2 + len(kinds), ...]]
+    m, v = table[2, ...] if 0 in kinds else None, table[-1, ...] if 1 in kinds else None
+    return Gathered(q, table[:2, ...], m, v, largest(sums))
 
 
-def relative(t: Layout, scale: Scale, weights: Array) -> tuple[Array, Array]:
-    """A and B (METHOD.md, section 4), from the weights of tree edges."""
-    xp = array_namespace(weights)
-    ratios = along(t.jumps, xp.where(t.edge < t.owner.shape[0], weights / scale.weights, 1.0), xp.multiply)
-    return ratios[IN, ...] / scale.c, ratios[OUT, ...] * scale.c
+def relative(t: Layout, scale: Scale, weights: Array) -> Array:
+    """A and B (METHOD.md, section 4), (2, H + 1), from the weights of tree edges."""
+    return along(t.jumps, weights / scale.weights, operator.mul) * scale.c
 
 
-def sum_of_squares(t: Layout, a: Array, b: Array, gradients: Sequence[Array | None]) -> Array:
+def sum_of_squares(t: Layout, ab: Array, gradients: Sequence[Array | None]) -> Array:
     """The sum of (dl/dx)^2 over ordinary edges; dl/dx = g / (A(u) B(v)) (METHOD.md, section 4)."""
-    xp = array_namespace(a)
-    total = xp.sum(xp.zeros_like(a))
-    for own, g in zip(t.arrays, gradients, strict=True):
+    xp = array_namespace(ab)
+    total = xp.zeros((), dtype=ab.dtype, device=device(ab))
+    factors: dict[Any, list[Any]] = {}
+    for i, (a, g) in enumerate(zip(t.arrays, gradients, strict=True)):
         if g is not None:
-            d = xp.astype(xp.reshape(g, own.shape), a.dtype)
-            d = d if own.rows is None else d / b[own.rows.of(xp, t.rows)]
-            d = d if own.cols is None else d / a[own.cols.of(xp, t.cols)]
-            if own.edges.size:
-                d = set_edges(own, d, xp.zeros(own.edges.shape, dtype=d.dtype, device=device(d)))
-            total = total + xp.sum(d * d)
+            d = wide(read(g))
+            if d.dtype not in factors:
+                factors[d.dtype] = list(cut(xp.astype(xp.reciprocal(ab), d.dtype), t))
+            d = times(a, d, *factors[d.dtype][i])
+            d = set_edges(a, d, xp.zeros(a.edges.shape, dtype=d.dtype, device=device(d)))
+            total = total + xp.sum(d * d, dtype=ab.dtype)
     return total
 
 
 def solve(
     t: Layout,
-    a: Array,
-    b: Array,
+    ab: Array,
     found: Gathered,
     norm: Array | None,
     squares: Array | None,
     methods: Sequence[Method | None],
-    types: Sequence[Any],
+    bounds: Array,
     max_ratio: float | Array,
     clip_norm: float | Array | None,
 ) -> Solution:
     """On the trees: the inverse chain rule, clipping, path ratios (METHOD.md, sections 2 and 3).
 
-    The method is None of arrays without gradient, whose chains keep their values. `types` are those of the weights.
+    The method is None of arrays without gradient, whose chains keep their values. `bounds` are those of `bounds_of`.
     """
-    xp = array_namespace(a)
+    xp = array_namespace(ab)
+    a, b = ab[IN, ...], ab[OUT, ...]
     x = a * b
-    d = (found.weights[IN, ...] * found.g - found.s) / x
+    d = found.q / x
     d = d if norm is None else d / norm
     clip = None
     if squares is not None:
-        moves = t.chain & among(xp, t.array, [i for i, o in enumerate(methods) if o is not None], len(methods))
+        moves = owned(t, [o is not None for o in methods])
         total = xp.sqrt(squares + xp.sum(xp.where(moves, d * d, 0.0)))
         clip = xp.minimum(xp.ones_like(total), clip_norm / (total + 1e-6))  # as torch.nn.utils.clip_grad_norm_
         d = clip * d
-    r, m, v = xp.ones_like(x), found.m, found.v
+    r = None
     for o in {id(o): o for o in methods if o is not None}.values():
-        mine = [i for i, own in enumerate(methods) if own is o]
-        here = t.chain & among(xp, t.array, mine, len(methods))
-        e, (new_m, new_v) = o.direction(xp, d, m if o.has_m else None, v)
-        r = xp.where(here, 1 - o.lr * e / x, r)
-        m, v = m if new_m is None else xp.where(here, new_m, m), v if new_v is None else xp.where(here, new_v, v)
+        e, _ = o.direction(1.0 * d if o.has_v else d, found.m if o.has_m else None, found.v)
+        new, mine = 1 - o.lr * e / x, [own is o for own in methods]
+        if o.has_v or not all(mine):  # otherwise e is 0 where there is no chain
+            new = xp.where(owned(t, mine), new, xp.ones_like(x) if r is None else r)
+        r = new
+    r = xp.ones_like(x) if r is None else r
     limited = not isinstance(max_ratio, float) or math.isfinite(max_ratio)
     ratio = xp.copysign(xp.clip(xp.abs(r), 1 / max_ratio, max_ratio), r) if limited else r
-    rho = ratio[t.root]
-    in_weights = found.weights[IN, ...] * ratio / rho[t.end[IN, ...]]
-    known = xp.stack([r, x, rho, a, b, in_weights])
-    inverse = 1 / known[2:5, ...]
-    checked = xp.concat([known, inverse])
-    finite = xp.max(xp.abs(xp.concat([xp.reshape(checked, (-1,)), found.largest]))) < math.inf
-    finite = finite if clip is None else finite & xp.isfinite(clip)
-    if {*types} != {x.dtype}:  # they may overflow there
-        finite = finite & (xp.max(xp.abs(checked[3:, ...])) <= min(xp.finfo(dtype).max for dtype in types))
-    m, v = (None if y is None else xp.stack([y, xp.zeros_like(y)]) for y in (m, v))
-    weights = xp.stack([in_weights, found.weights[OUT, ...]])
-    return Solution(inverse, weights, m, v, clip, xp.count_nonzero(r != ratio), checked, finite)
+    rho = ratio[t.roots]  # of every unit, and of the source of its in-edge
+    known = xp.concat([ab, rho[:1, ...]])
+    inverse = xp.reciprocal(known)
+    in_weights = found.weights[IN, ...] * ratio / rho[1, ...]
+    new, more = ([xp.expand_dims(y, axis=0) for y in ys] for ys in ((in_weights, found.weights[OUT, ...], d), (r, x)))
+    checked = xp.concat([inverse, *new, known, *more])
+    sizes = xp.linalg.vector_norm(checked, axis=1, ord=math.inf)
+    finite = xp.all(xp.concat([sizes, *(xp.reshape(y, (1,)) for y in found.largest)]) <= bounds)
+    return Solution(checked[:6, ...], clip, xp.count_nonzero(r != ratio), checked, finite)
 
 
-def among(xp: Any, ids: Array, wanted: Sequence[int], count: int) -> Array:
-    """Where `ids` (from 0 to count - 1) are wanted."""
-    if len(wanted) == count:
-        return xp.ones_like(ids, dtype=xp.bool)
-    found = xp.zeros_like(ids, dtype=xp.bool)
-    for i in wanted:
-        found = found | (ids == i)
-    return found
+def bounds_of(like: Array, types: Sequence[Any], gradients: int) -> Array:
+    """The largest magnitudes that a step may have: of `Solution.checked` by row, and of this number of gradients.
+
+    What is written, or multiplies what is, has to be finite in the types of the weights, too.
+    """
+    xp, where = array_namespace(like), device(like)
+    real = real_type(xp, where)
+    most, least = xp.finfo(real).max, min(xp.finfo(dtype).max for dtype in types)
+    return xp.asarray([*[least] * 5, most, *[least] * 3, *[most] * (2 + gradients)], dtype=real, device=where)
 
 
-def spread(t: Layout, solution: Solution, weights: Sequence[Array]) -> Iterator[Factors]:
+def owned(t: Layout, wanted: Sequence[bool]) -> Array:
+    """Which units own a chain whose in-edge is in one of these arrays."""
+    if all(wanted):
+        return t.chain
+    found = t.array < -1
+    for i, is_wanted in enumerate(wanted):
+        found = found | (t.array == i) if is_wanted else found
+    return t.chain & found
+
+
+def spread(t: Layout, solution: Solution, weights: Sequence[Array], methods: Sequence[Method]) -> Iterator[Factors]:
     """The solution as every array sees it."""
-    xp = array_namespace(*weights)
-    parts = {}
-    for dtype in {w.dtype for w in weights}:
-        inverse = xp.astype(solution.inverse, dtype)
-        edges = (None if x is None else xp.astype(x, dtype) for x in (solution.weights, solution.m, solution.v))
-        rows, cols, places = ([getattr(a, name) for a in t.arrays] for name in ("rows", "cols", "edges"))
-        none = [None] * len(weights)
-        parts[dtype] = list(
-            zip(
-                cut(inverse[2, ...], t.rows, rows),
-                cut(inverse[1, ...], t.cols, cols),
-                cut(inverse[0, ...], t.cols, cols),
-                *(none if x is None else cut(xp.reshape(x, (-1,)), t.owner, places) for x in edges),
-                none if solution.clip is None else [xp.astype(solution.clip, dtype)] * len(weights),
-                strict=True,
-            )
-        )
-    for i, w in enumerate(weights):
-        yield Factors(*parts[w.dtype][i])
+    xp = array_namespace(solution.factors)
+    types = types_of(weights)
+    tables = {dtype: xp.astype(solution.factors, dtype) for dtype in set(types)}
+    squares = {
+        dtype: list(cut(xp.square(tables[dtype][:2, ...]), t))
+        for dtype in {dtype for dtype, method in zip(types, methods, strict=True) if method.is_plain}
+    }
+    clips = {dtype: None if solution.clip is None else xp.astype(solution.clip, dtype) for dtype in tables}
+    cuts: dict[Any, list[Any]] = {dtype: list(cut(table, t)) for dtype, table in tables.items()}
+    for i, (dtype, method) in enumerate(zip(types, methods, strict=True)):
+        per_col, per_row, per_rho, (edges,), (d,) = cuts[dtype][i]
+        square = squares[dtype][i] if method.is_plain else None
+        yield Factors(per_col, per_row, per_rho, edges, d, clips[dtype], square)
+
+
+def slope(a: ArrayLayout, f: Factors, w: Array, g: Array, method: Method) -> Array:
+    """dl/dx, a new array: of ordinary edges with their weight decay, of chains at their in-edges."""
+    decay = None
+    if method.decays and not method.decoupled:
+        decay = scaled(a, times(a, read(w), f.per_col, f.per_row, by=operator.itruediv), method.weight_decay)
+    d = times(a, read(g), f.per_col, f.per_row)
+    d = array_namespace(d).asarray(d, copy=True) if d is g else d
+    if f.clip is not None:
+        d *= f.clip
+    if decay is not None:
+        d += decay
+    return set_edges(a, d, f.d)
 
 
 def apply(
-    a: ArrayLayout, f: Factors, w: Array, g: Array | None, moments: Moments, method: Method
+    a: ArrayLayout, f: Factors, finite: Array, w: Array, g: Array | None, moments: Moments, method: Method
 ) -> tuple[Array, Moments]:
-    """One array's new weights and moments (METHOD.md, sections 3 and 4): ordinary edges, and then those of trees.
+    """One array's new weights and moments (METHOD.md, sections 3 and 4), the old ones unless all is `finite`.
 
-    Without gradient it has no terms of its own: its paths keep their values.
+    Ordinary edges, and then those of trees. Without gradient it has no terms of its own: its paths keep their values.
     """
-    xp = array_namespace(w)
-    if g is None and f.per_rho is None:
+    if g is None and f.per_rho[0] is None:
         return w, moments
-    new = xp.reshape(w, a.shape)
-    if g is not None:
-        m, v = (None if x is None else xp.reshape(x, a.shape) for x in moments)
-        per_x = _product(f.per_row, f.per_col)  # dw / dx = 1 / (A(u) B(v))
-        d = _product(f.clip, _product(per_x, xp.reshape(g, a.shape)))
-        decays = not isinstance(method.weight_decay, float | int) or method.weight_decay != 0
-        decay = method.weight_decay * (new if per_x is None else new / per_x) if decays else None
-        e, (m, v) = method.direction(xp, d if decay is None or method.decoupled else d + decay, m, v)
-        e = e + decay if decay is not None and method.decoupled else e
-        new = new - _product(per_x, method.lr) * e
-        m, v = (
-            x if x is None else xp.reshape(set_edges(a, x, at) if a.edges.size else x, w.shape)
-            for x, at in ((m, f.m), (v, f.v))
-        )
-        moments = m, v
-    new = new if f.per_rho is None else new * f.per_rho
-    return xp.reshape(set_edges(a, new, f.weights) if a.edges.size else new, w.shape), moments
-
-
-def _product(x: Array | None, y: Array | None) -> Array | None:
-    """Of two factors, None standing for 1."""
-    return y if x is None else x if y is None else x * y
+    new = None  # at first the change of weights
+    if g is not None and f.squares is not None:
+        new = times(a, scaled(a, read(g), -method.lr), *f.squares)
+        new = new if f.clip is None else f.clip * new
+    elif g is not None:
+        m, v = moments
+        e, moments = method.direction(slope(a, f, w, g, method), m, v, partial(select, finite))
+        new = -method.lr * e
+        del e  # it may be large
+        new = times(a, new, f.per_col, f.per_row)  # dw / dx = 1 / (A(u) B(v))
+        if method.decays and method.decoupled:
+            new += scaled(a, read(w), -method.lr * method.weight_decay)
+    old = read(w)
+    if new is not None:
+        new += old
+    new = set_edges(a, times(a, old if new is None else new, f.per_rho), f.weights)
+    return select(finite, old, new), moments
 
 
 def step(
@@ -254,6 +292,7 @@ def step(
     methods: Sequence[Method],
     max_ratio: float | Array,
     clip_norm: float | Array | None,
+    bounds: Array | None = None,
 ) -> tuple[Iterator[tuple[Array, Moments]], Solution]:
     """Gather, solve, apply: new weights and moments array by array, each made when it is asked for.
 
@@ -266,12 +305,14 @@ def step(
         Limits the magnitudes of path ratios to ``[1 / max_ratio, max_ratio]``; infinity does not.
     clip_norm : float, optional
         Limits the norm of dl/dx over all coordinates.
+    bounds : array, optional
+        Those of `bounds_of`, if they are at hand.
     """
     found = gather(t, weights, sums, moments)
-    a, b = relative(t, scale, found.weights)
-    squares = None if clip_norm is None else sum_of_squares(t, a, b, gradients)
+    ab = relative(t, scale, found.weights)
+    squares = None if clip_norm is None else sum_of_squares(t, ab, gradients)
     taken = [None if g is None else o for g, o in zip(gradients, methods, strict=True)]
-    types = [w.dtype for w in weights]
-    solution = solve(t, a, b, found, norm, squares, taken, types, max_ratio, clip_norm)
-    each = zip(t.arrays, spread(t, solution, weights), weights, gradients, moments, methods, strict=True)
-    return (apply(*own) for own in each), solution
+    bounds = bounds_of(ab, types_of(weights), len(found.largest)) if bounds is None else bounds
+    solution = solve(t, ab, found, norm, squares, taken, bounds, max_ratio, clip_norm)
+    each = zip(t.arrays, spread(t, solution, weights, methods), weights, gradients, moments, methods, strict=True)
+    return (apply(a, f, solution.finite, *own) for a, f, *own in each), solution

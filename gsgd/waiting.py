@@ -37,7 +37,7 @@ def join(
     edges = Skeleton(net, arrays, rule).edge_arrays
     given = list(arrays.values())
     shapes = {name: a.shape for name, a in arrays.items()}
-    return with_trees(net, shapes, coordinates, ready, edges, lambda t: at_edges(t, given, given)[t.edge])
+    return with_trees(net, shapes, coordinates, ready, edges, lambda t: np.append(at_edges(t, given), 1.0)[t.edge])
 
 
 def with_trees(

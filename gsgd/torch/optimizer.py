@@ -7,7 +7,7 @@ from typing import Any, Unpack
 from torch import Tensor, nn
 
 from gsgd.methods import SGD, Adam, Method, RMSprop
-from gsgd.torch.engines import Engine, Tensors
+from gsgd.torch.engines import CountingEngine, Engine, Tensors
 from gsgd.torch.parameters import Params
 from gsgd.torch.path_optimizer import Arguments, PathOptimizer
 
@@ -115,8 +115,7 @@ class GAdam(PathOptimizer):
 
     Notes
     -----
-    The bias corrections are of the steps that a parameter has taken. Array operations also count those that were left
-    out because something was not finite.
+    The bias corrections are of the steps that a parameter has taken.
 
     Raises
     ------
@@ -151,19 +150,28 @@ class GAdam(PathOptimizer):
 
     def _methods(self, engine: Engine, gradients: Tensors) -> tuple[list[Method], list[int]]:
         """The bias corrections are of the number of steps that a parameter itself has taken."""
-        if engine.steps_taken is not None:
-            for p, taken in zip(engine.params, engine.steps_taken, strict=True):
-                if (known := self.state[p].get("step")) is not taken:
-                    taken.fill_(0 if known is None else known)
-                    self.state[p]["step"] = taken
+        if engine.steps_taken is None:
+            place: dict[tuple[int, int], int] = {}
+            which = []
+            for p, g, group in zip(engine.params, gradients, self._group_of, strict=True):
+                step = int(self.state[p].get("step", 0)) + (g is not None)
+                which.append(place.setdefault((group, max(1, step)), len(place)))
+            own = [self._method(g) for g in self.param_groups]
+            return [own[group].at(step) for group, step in place], which
+        states = [self.state[p] for p in engine.params]
+        if any(s.get("step") is not taken for s, taken in zip(states, engine.steps_taken, strict=True)):
+            engine.histories = [int(s.get("step", 0)) for s in states]
+            for s, taken, steps in zip(states, engine.steps_taken, engine.histories, strict=True):
+                s["step"] = taken.fill_(steps)
+        if not isinstance(engine, CountingEngine):  # its kernels make the corrections
             return super()._methods(engine, gradients)
-        place: dict[tuple[int, int], int] = {}
-        which = []
-        for p, g, group in zip(engine.params, gradients, self._group_of, strict=True):
-            step = int(self.state[p].get("step", 0)) + (g is not None)
-            which.append(place.setdefault((group, max(1, step)), len(place)))
-        own = [self._method(g) for g in self.param_groups]
-        return [own[group].at(step) for group, step in place], which
+        methods: dict[tuple[int, int], Method] = {}
+        keys = list(zip(self._group_of, engine.histories, strict=True))
+        for key, taken in zip(keys, engine.steps_taken, strict=True):
+            if key not in methods:
+                methods[key] = self._method(self.param_groups[key[0]]).at(taken + engine.one)
+        number = {key: i for i, key in enumerate(methods)}
+        return list(methods.values()), [number[key] for key in keys]
 
     def _count(self, engine: Engine, gradients: Tensors) -> None:
         if engine.steps_taken is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Literal, TypeAlias
 
 import numpy as np
@@ -12,10 +12,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from gsgd.entries import real_type
-from gsgd.methods import Method, Moments
+from gsgd.methods import Method
 from gsgd.network import Network
 from gsgd.optimizer import Stats
-from gsgd.stages import Solution
 
 Tensors: TypeAlias = list[Tensor | None]
 EngineName = Literal["core", "array", "triton", "sharded"]
@@ -51,6 +50,7 @@ class Engine:
     name: ClassVar[EngineName]
     why: str | None = None  # how it does that, or why it is not the faster one that was tried first
     steps_taken: list[Tensor] | None = None  # by every parameter, where the device counts them
+    histories: list[int]  # of every parameter: those of one number have taken the same steps
 
     def __init__(self, net: Network, tensors: Mapping[str, Tensor]) -> None:
         self.net = net
@@ -84,23 +84,6 @@ class Engine:
                 raise ValueError(f"gradient of {name!r}: expected shape {tuple(p.shape)}, got {tuple(g.shape)}")
         return gradients
 
-    def write(
-        self,
-        pairs: Iterable[Moments],
-        new: Iterable[tuple[Any, Any]],
-        solution: Solution,
-        stats: Stats,
-    ) -> None:
-        """Weights and moments as `stages.apply` makes them, unless something is not finite; and count on the device."""
-        finite = solution.finite
-        for p, pair, (value, new_pair) in zip(self.aliases, pairs, new, strict=True):
-            for old, x in zip((p, *pair), (value, *new_pair), strict=True):
-                if old is not None and x is not old:
-                    torch.where(finite, x, old, out=old)
-        stats.steps = stats.steps + torch.where(finite, 1, 0)  # type: ignore[assignment]
-        stats.clamped = stats.clamped + torch.where(finite, solution.clamped, 0)  # type: ignore[assignment]
-        stats.skipped = stats.skipped + torch.where(finite, 0, 1)  # type: ignore[assignment]
-
     def tell_autograd(self, gradients: Tensors) -> None:
         """It did not see what was written by address."""
         written = zip(self.params, gradients, self.following, strict=True)
@@ -128,3 +111,37 @@ class Engine:
             `max_ratio` and `clip_norm`; infinity for none.
         """
         raise NotImplementedError
+
+
+class CountingEngine(Engine):
+    """An engine that counts steps on the device, which alone knows whether one was left out."""
+
+    def __init__(self, net: Network, tensors: Mapping[str, Tensor]) -> None:
+        super().__init__(net, tensors)
+        count, device = len(self.params), self.params[0].device
+        # steps taken, ratios limited, steps left out; then steps that each parameter has taken
+        self.counts, self.taken = torch.zeros((2, 3 + count), dtype=torch.int64, device=device).unbind()
+        self.left_out = torch.tensor([0, 0, 1, *[0] * count]).to(device)
+        self.steps_taken: list[Tensor] = list(self.counts[3:].unbind())
+        self.histories = [0] * count
+        self.given: list[bool] = []
+        self.stats: Stats | None = None
+        self.one = torch.ones((), dtype=real_type(xp, device), device=device)
+
+    def count(self, finite: Tensor, clamped: Tensor, gradients: Tensors, stats: Stats) -> None:
+        """Count a step, as taken where everything was finite, or as left out."""
+        if self.stats is not stats:
+            counts = self.counts[:3]
+            counts.copy_(torch.tensor([int(stats.steps), int(stats.clamped), int(stats.skipped)]))
+            stats.steps, stats.clamped, stats.skipped = counts.unbind()  # type: ignore[assignment]
+            self.stats = stats
+        given = [g is not None for g in gradients]
+        if given != self.given:
+            self.taken.copy_(torch.tensor([1, 0, 0, *given]))
+            self.given = given
+        if not all(given):
+            number: dict[tuple[int, bool], int] = {}
+            own = zip(self.histories, given, strict=True)
+            self.histories = [number.setdefault(x, len(number)) for x in own]
+        self.taken[1].copy_(clamped)
+        self.counts += torch.where(finite, self.taken, self.left_out)

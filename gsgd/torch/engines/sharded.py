@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import replace
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -19,7 +20,7 @@ from gsgd.layout import Layout, convert, network_layout, part
 from gsgd.methods import Method
 from gsgd.network import Network
 from gsgd.optimizer import Stats
-from gsgd.torch.engines.base import Engine, Tensors, to_device
+from gsgd.torch.engines.base import CountingEngine, Engine, EngineName, Tensors, to_device
 from gsgd.torch.shards import Shards, local
 
 
@@ -30,7 +31,7 @@ class ShardedEngine(Engine):
     gradient is not finite: then the step is left out on all.
     """
 
-    name = "sharded"
+    name: ClassVar[EngineName] = "sharded"
 
     def __init__(self, net: Network, coordinates: Coordinates, tensors: Mapping[str, Tensor]) -> None:
         super().__init__(net, tensors)
@@ -87,7 +88,7 @@ class ShardedEngine(Engine):
         raise NotImplementedError
 
 
-class ShardedCoreEngine(ShardedEngine):
+class ShardedCoreEngine(ShardedEngine, CountingEngine):
     """By the C core, on CPU tensors of float32 and float64."""
 
     why = "by the C core"
@@ -122,15 +123,14 @@ class ShardedCoreEngine(ShardedEngine):
             self.trees = found[:2]  # something else has written weights, and the norm was relative to those before
             found = total()
         rates = np.array([tuple(map(float, o.row)) for o in methods])[which]
-        stats.steps += 1
         try:
             solved, clamped = self.plan.solve(found, None, rates, *limits)
         except FloatingPointError:
-            stats.skipped += 1
+            self.count(torch.tensor(False), torch.tensor(0), gradients, stats)
             return
         self.plan.apply(self.weights, g, m, v, rates, solved, threads)
         self.trees = solved[:2]
-        stats.clamped += clamped
+        self.count(torch.tensor(True), torch.tensor(clamped), gradients, stats)
 
 
 class ShardedTritonEngine(ShardedEngine):
@@ -164,7 +164,7 @@ class ShardedTritonEngine(ShardedEngine):
             self.part.apply(step)
 
 
-class ShardedArrayEngine(ShardedEngine):
+class ShardedArrayEngine(ShardedEngine, CountingEngine):
     """By array operations, without waiting for the device. `clip_norm` needs a second sum, of one number."""
 
     why = "in array operations"
@@ -176,6 +176,8 @@ class ShardedArrayEngine(ShardedEngine):
         if not all(self.shards.counts):
             self.counted = convert(part(whole, self.shards.counted), asarray)
         self.scale = stages.Scale.of(asarray, *coordinates.scale)
+        self.absent = self.whole.edge == len(self.whole.owner)
+        self.bounds = stages.bounds_of(self.scale.c, [p.dtype for p in self.aliases], 1)
 
     def step_here(
         self,
@@ -188,27 +190,30 @@ class ShardedArrayEngine(ShardedEngine):
         stats: Stats,
     ) -> None:
         weights, pairs = self.aliases, list(zip(*moments, strict=True))
-        found = self.total(stages.gather(self.counted, weights, gradients, pairs), _rows(*moments))
-        a, b = stages.relative(self.whole, self.scale, found.weights)
+        found = self.total(stages.gather(self.counted, weights, gradients, pairs))
+        ab = stages.relative(self.whole, self.scale, found.weights)
         max_ratio, clip_norm = limits
         squares = None
         if math.isfinite(clip_norm):
             counted = [g if counts else None for g, counts in zip(gradients, self.shards.counts, strict=True)]
-            squares = self.shards.total(stages.sum_of_squares(self.counted, a, b, counted))
+            squares = self.shards.total(stages.sum_of_squares(self.counted, ab, counted))
         taken = [None if g is None else methods[i] for g, i in zip(gradients, which, strict=True)]
-        types = [w.dtype for w in weights]
-        solution = stages.solve(self.whole, a, b, found, None, squares, taken, types, max_ratio, clip_norm)
-        factors = stages.spread(self.here, solution, weights)
-        each = zip(self.here.arrays, factors, weights, gradients, pairs, (methods[i] for i in which), strict=True)
-        self.write(pairs, (stages.apply(*own) for own in each), solution, stats)
+        solution = stages.solve(self.whole, ab, found, None, squares, taken, self.bounds, max_ratio, clip_norm)
+        own = [methods[i] for i in which]
+        factors = stages.spread(self.here, solution, weights, own)
+        for a, f, *rest in zip(self.here.arrays, factors, weights, gradients, pairs, own, strict=True):
+            stages.apply(a, f, solution.finite, *rest)
+        self.count(solution.finite, solution.clamped, gradients, stats)
 
-    def total(self, found: stages.Gathered, rows: int) -> stages.Gathered:
+    def total(self, found: stages.Gathered) -> stages.Gathered:
         """What all processes have gathered, by one all-reduce."""
-        found.s[-1] = 0 * found.largest.max()  # of pinned ends: NaN where a gradient is not finite
-        moments = [torch.zeros_like(found.s) if x is None else x for x in (found.m, found.v)]
-        total = self.shards.total(torch.stack([*found.weights, found.s, found.g, *moments])[:rows])
-        m, v = (None if x is None else total[i] for i, x in ((4, found.m), (5, found.v)))
-        return stages.Gathered(total[2], total[:2], total[3], m, v, largest=total[2, -1:])
+        per_unit = {name: x for name, x in vars(found).items() if name != "largest" and x is not None}
+        unfit = sum((~x.isfinite() for x in found.largest), start=torch.zeros_like(found.q[:1]))
+        total = self.shards.total(torch.cat([*(x.reshape(-1) for x in per_unit.values()), unfit]))
+        parts = torch.split(total[:-1], [x.numel() for x in per_unit.values()])
+        sums = {name: part.reshape(x.shape) for (name, x), part in zip(per_unit.items(), parts, strict=True)}
+        sums["weights"] = sums["weights"] + self.absent
+        return replace(found, **sums, largest=[torch.where(total[-1] == 0, 0.0, torch.inf)])
 
 
 def _rows(m: Sequence[Any], v: Sequence[Any]) -> int:
