@@ -151,10 +151,10 @@ def gsgd(
     Raises
     ------
     ValueError, TypeError
-        A hyperparameter is out of its range, or no number, or `network` is an approximation of batch normalization.
+        A hyperparameter is out of its range, or not a number, or `network` is an approximation of batch normalization.
         In `init`: parameters of the network are missing, of another shape, or not floating point. In `update`:
-        `params` are missing, parameters or gradients are of other shapes than in `init`, or the state is another
-        transformation's.
+        `params` are missing, parameters or gradients are of other shapes than in `init`, or the state is that of
+        another transformation.
     """
     make = partial(SGD, momentum=_or_zero(momentum), nesterov=nesterov, weight_decay=weight_decay)
     return _transformation(learning_rate, network, make, scale, rule, max_ratio, clip_norm)
