@@ -272,7 +272,7 @@ class Network:
         return Features(self, ((nodes, positions, order if positions > 1 else "channels_first"),))
 
     def add(self, *xs: Features, residual: Residual = "tie") -> Features:
-        """The sum of features of equal count.
+        """The sum of features `xs` of equal count.
 
         ``residual="tie"`` makes one unit of the channels that are added (METHOD.md, section 1): multiplying all that
         writes them by c, and all that reads them by 1/c, is exact. "pin" pins them, as the paper does (section 10.2).
@@ -306,7 +306,7 @@ class Network:
         return Features(self, tuple(segments))
 
     def concat(self, *xs: Features) -> Features:
-        """Features side by side.
+        """The features `xs` side by side.
 
         Raises
         ------

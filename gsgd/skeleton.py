@@ -320,7 +320,7 @@ class Skeleton:
     def log_path_values(self, params: Mapping[str, Any]) -> tuple[Arrays, Arrays]:
         """Signs of path values, and logarithms of their magnitudes, for deep networks, where the values underflow.
 
-        Parameters, results and errors are those of `path_values`, which returns one dict of arrays, and this two.
+        Two dicts of arrays, of which each is as the one that `path_values` returns; `params` and errors are as there.
         """
         arrays = self._arrays(params)
         signs = {name: np.full(a.shape, np.nan) for name, a in arrays.items()}

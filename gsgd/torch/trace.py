@@ -43,11 +43,11 @@ def trace(
     """Describe `model` as a `gsgd.Network`, with parameters under their ``named_parameters()`` names.
 
     Neither the model (weights, buffers, training flags) nor the random state changes, nor do lists and the like that
-    hooks of its modules fill: everything runs on copies. The forward pass is followed in training mode, and without values of
-    weights and real inputs as long as that will do; integers, buffers and constants keep theirs. Anything that is not
-    understood pins the units that meet it, and ``print(net)`` shows the reason: the operation and the module. It also
-    lists the parameters that are not described, with what reads them; they are left out of the network. Frozen ones
-    (``requires_grad=False``) are described like others, since the symmetry holds.
+    hooks of its modules fill: everything runs on copies. The forward pass is followed in training mode, without values
+    of weights and real inputs as long as that will do; integers, buffers and constants keep theirs. Anything that is
+    not understood pins the units that meet it, and ``print(net)`` shows the reason: the operation and the module. It
+    also lists the parameters that are not described, with what reads them; they are left out of the network. Frozen
+    ones (``requires_grad=False``) are described like others, since the symmetry holds.
 
     Parameters
     ----------
