@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from gsgd.network import Network
 from gsgd.skeleton import Skeleton
 
 ScaleName = Literal["balanced", "initial", "ones"]
@@ -81,6 +82,12 @@ class Coordinates:
     def scale(self) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
         """The reference scale, as plans take it."""
         return self.in_weights, self.out_weights, self.c
+
+    def places(self, net: Network, units: NDArray[np.int64]) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """Where the tree edges of these units lie: names of parameters, and indices of them."""
+        for edges in self.edges:
+            for k, entry in edges[units].tolist():
+                yield net.blocks[k].name, net.blocks[k].index(entry)
 
     def save(self) -> dict[str, NDArray[Any]]:
         """The entries of a state dict: copies."""

@@ -53,9 +53,7 @@ skeleton is an error there.
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Literal, NamedTuple, TypeAlias
 
@@ -63,17 +61,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from numpy.typing import NDArray
 
 from gsgd import stages
 from gsgd.coordinates import set_to_one
-from gsgd.jax import names
-from gsgd.layout import Layout, network_layout
+from gsgd.jax import anchor
+from gsgd.jax.anchor import Reference, Trees
 from gsgd.methods import SGD, Adam, Method, RMSprop
 from gsgd.network import Network
 from gsgd.options import MaxRatio, Options, limit
-from gsgd.skeleton import Rule, Skeleton
-from gsgd.warn import warn
+from gsgd.skeleton import Rule
 
 Array: TypeAlias = jax.Array
 Arrays: TypeAlias = list[Any]  # None where there is no array
@@ -81,27 +77,6 @@ Tree: TypeAlias = Any
 Number: TypeAlias = float | Array
 Schedule: TypeAlias = Number | Callable[[Array], Number]
 ScaleName = Literal["balanced", "initial"]
-
-
-@dataclass(frozen=True)
-class Trees:
-    """The skeleton of a network, equal to others of the same method and digest: what of a state has no values."""
-
-    method: str
-    digest: str
-    shapes: dict[str, tuple[int, ...]] = field(compare=False, repr=False)
-    layout: Layout = field(compare=False, repr=False)
-
-    def __str__(self) -> str:
-        return f"{self.method} on skeleton {self.digest}"
-
-
-class Reference(NamedTuple):
-    """The reference scale (METHOD.md, section 4): arrays of shape (H + 1,), with 1 at the end."""
-
-    in_weights: Array
-    out_weights: Array
-    c: Array
 
 
 class State(NamedTuple):
@@ -243,11 +218,57 @@ def ones(params: Tree, network: Network) -> Tree:
     ValueError, TypeError
         Parameters of the network are missing, of another shape, or not floating point.
     """
-    leaves, _, skeleton = _skeleton(params, network, "modulo", False)
+    leaves, _, skeleton = anchor.skeleton_of(params, network, "modulo", False)
     masks = {name: np.zeros(np.shape(x), bool) for name, x in leaves.items()}
     set_to_one(skeleton, masks)
     structure: Any = jax.tree.structure(params)
     return structure.unflatten(jnp.where(masks[name], jnp.ones_like(x), x) for name, x in leaves.items())
+
+
+def join(state: Tree, params: Tree) -> Tree:
+    """`state` after units have joined that waited for weights which were exactly 0, such as LoRA's.
+
+    Where no path of non-zero weights passes a unit, `init` gives it no coordinates, and its weights take plain steps.
+    Call this between steps, outside of `jax.jit`, after a few of them and again later: PyTorch's optimizers look after
+    1, 2, 4, 8, ... steps. Units all of whose weights have become non-zero then join, with the weights of that moment as
+    their scale. The skeleton is static: a step that is given the new state is compiled anew.
+
+    Parameters
+    ----------
+    state : pytree
+        Of `gsgd`, `gadam` or `grmsprop`, or of what Optax makes of them, such as `optax.chain`.
+    params : pytree of arrays
+        The weights of this moment.
+
+    Returns
+    -------
+    pytree
+        `state` itself if no unit is ready.
+
+    Raises
+    ------
+    ValueError
+        `params` are of other shapes than in `init`.
+    """
+
+    def zero(moments: Tree, places: list[list[tuple[int, ...]]]) -> Tree:
+        """They were of other coordinates."""
+        if moments is None:
+            return None
+        structure: Any = jax.tree.structure(moments)
+        pairs = zip(jax.tree.leaves(moments), places, strict=True)
+        return structure.unflatten(x.at[tuple(zip(*at, strict=True))].set(0) if at else x for x, at in pairs)
+
+    def joined(x: Any) -> Any:
+        if not isinstance(x, State):
+            return x
+        ((trees, reference),) = x.reference.items()
+        leaves = jax.tree.leaves(params)
+        _check_shapes(trees, leaves, [None] * len(leaves))
+        found = anchor.join(trees, reference, leaves)
+        return x if found is None else x._replace(reference=found[0], m=zero(x.m, found[1]), v=zero(x.v, found[1]))
+
+    return jax.tree.map(joined, state, is_leaf=lambda x: isinstance(x, State))
 
 
 def _or_zero(momentum: Number | None) -> Number:
@@ -277,11 +298,13 @@ def _transformation(
         if any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(params)):
             state: State = jax.eval_shape(init, params)
             return state._replace(m=params if method.has_m else None, v=params if method.has_v else None)
-        anchor: Any = 0 if _is_placeholder(params) else _anchor(params, network, type(method).__name__, scale, rule)
+        reference: Any = (
+            0 if _is_placeholder(params) else anchor.anchor(params, network, type(method).__name__, scale, rule)
+        )
         # no array twice: a loop may donate the state's buffers
         count, clamped, skipped = (jnp.zeros([], jnp.int32) for _ in range(3))
         m, v = (jax.tree.map(jnp.zeros_like, params) if has else None for has in (method.has_m, method.has_v))
-        state = State(count, clamped, skipped, anchor, m, v)
+        state = State(count, clamped, skipped, reference, m, v)
         meshes = {x.sharding.mesh for x in jax.tree.leaves(params) if _is_on_several_devices(x)}
         if len(meshes) == 1:  # where update leaves them, so that it is compiled once
             own = state._replace(m=None, v=None)
@@ -403,95 +426,6 @@ def _check_shapes(trees: Trees, weights: Sequence[Array], gradients: Sequence[Ar
             raise ValueError(f"gradient of {name!r}: expected shape {shape}, got {g.shape}")
 
 
-def _skeleton(params: Tree, network: Network, rule: Rule, balanced: bool) -> tuple[dict[str, Any], bool, Skeleton]:
-    """The leaves of `params` by name, whether they have no values yet, and their skeleton."""
-    leaves = dict(zip(names(params), jax.tree.leaves(params), strict=True))
-    for name, x in leaves.items():
-        kind = getattr(x, "dtype", type(x))
-        if not jnp.issubdtype(kind, jnp.floating):
-            raise TypeError(f"parameter {name!r}: expected floating point numbers, got {kind}")
-    network = _restrict(network, params, leaves)
-    traced = any(isinstance(x, jax.core.Tracer) for x in leaves.values())
-    if traced and rule == "largest":
-        raise ValueError("rule 'largest' chooses by values: call init outside of jit and vmap")
-    host = {n: np.ones(np.shape(x), np.float32) if traced else _on_host(x) for n, x in leaves.items()}
-    return leaves, traced, Skeleton(network, host, rule, balanced=balanced and not traced)
-
-
-def _anchor(params: Tree, network: Network, method: str, scale: ScaleName, rule: Rule) -> dict[Trees, Reference]:
-    """The trees and the reference scale of `params`."""
-    leaves, traced, skeleton = _skeleton(params, network, rule, scale == "balanced")
-    skeleton.warn_of_pinned()
-    network, shapes = skeleton.net, {name: np.shape(x) for name, x in leaves.items()}
-    if not network.num_units:
-        warn("no unit was found that can be rescaled: every step is a plain one")
-    found_layout = network_layout(network, shapes, *skeleton.edge_arrays)
-    digest = hashlib.sha256(repr(shapes).encode())
-    for b in network.blocks:
-        digest.update(repr((b.name, b.dims, b.start)).encode() + b.rows.tobytes() + b.cols.tobytes())
-    for edges in skeleton.edge_arrays:
-        digest.update(edges.tobytes())
-    trees = Trees(method, digest.hexdigest()[:32], shapes, found_layout)
-    real = jnp.result_type(float)
-
-    def reference_scale(*arrays: Any) -> list[NDArray[Any]]:
-        values = dict(zip(network.shapes, map(_on_host, arrays), strict=True))
-        for edge in (*skeleton.in_edges, *skeleton.out_edges):
-            if edge is not None and not np.abs(values[edge[0]][edge[1]]) > 0:
-                what = f"{edge[0]}{list(edge[1])}"
-                raise ValueError(f"the skeleton weight {what} is 0: call init outside of jit and vmap")
-        c = skeleton.balanced_scale(values) if traced and scale == "balanced" else skeleton.c
-        return [np.append(x, 1.0).astype(real) for x in (*skeleton.tree_weights(values), c)]
-
-    arrays = [leaves[name] for name in network.shapes]
-    found = _call_host(reference_scale, arrays, (network.num_units + 1,), real) if traced else reference_scale(*arrays)
-    return {trees: Reference(*map(jnp.asarray, found))}
-
-
-def _call_host(
-    function: Callable[..., list[NDArray[Any]]], arrays: Sequence[Array], shape: tuple[int, ...], dtype: Any
-) -> list[Array]:
-    """Three arrays that `function` makes of values of `arrays`, once there are any.
-
-    64-bit numbers travel as pairs of 32-bit ones: a callback's thread does not know of ``with jax.enable_x64(True)``.
-    """
-
-    def split(x: Any) -> Any:
-        return jax.lax.bitcast_convert_type(x, jnp.uint32) if x.dtype == jnp.float64 else x
-
-    def join(x: Any) -> NDArray[Any]:
-        a = np.asarray(x)
-        return a.view(np.float64)[..., 0] if a.dtype == np.uint32 else a
-
-    def on_host(*arrays: Any) -> list[NDArray[Any]]:
-        found = function(*map(join, arrays))
-        return [x.view(np.uint32).reshape(*shape, 2) if x.dtype == np.float64 else x for x in found]
-
-    kinds = [jax.eval_shape(lambda: split(jnp.zeros(shape, dtype)))] * 3
-    found = jax.pure_callback(on_host, kinds, *map(split, arrays), vmap_method="sequential")
-    return [jax.lax.bitcast_convert_type(x, dtype) for x in found]
-
-
-def _restrict(network: Network, params: Tree, leaves: Mapping[str, Any]) -> Network:
-    """The network of the parameters that are there: those masked out pin what they meet, others must not be missing."""
-    shown = jax.tree.map(lambda x: "masked" if _is_masked(x) else x, params, is_leaf=_is_masked)
-    masked = [name for name, x in zip(names(shown), jax.tree.leaves(shown), strict=True) if isinstance(x, str)]
-    missing, others = [name for name in network.shapes if name not in leaves], ", ".join(leaves) or "none"
-    for name in missing:
-        if not any(name == m or name.startswith(f"{m}.") for m in masked):
-            raise ValueError(f"parameter {name!r} of the network is missing in params, which has {others}")
-    return network.without(missing, "trained by another transformation") if missing else network
-
-
 def _is_placeholder(params: Tree) -> bool:
     """Whether they are what `optax.tree_map_params` puts in their place: a node of another kind, without leaves."""
     return not isinstance(params, dict | list | tuple | None) and not jax.tree.leaves(params)
-
-
-def _is_masked(x: Any) -> bool:
-    return isinstance(x, optax.MaskedNode)
-
-
-def _on_host(x: Any) -> NDArray[Any]:
-    a = np.asarray(x)
-    return a if a.dtype == np.float64 else a.astype(np.float32)

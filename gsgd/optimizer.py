@@ -16,6 +16,7 @@ from gsgd.network import Network
 from gsgd.options import OptionArguments, Options, limit
 from gsgd.skeleton import Backend, Skeleton, batch_norm_gradients, explain
 from gsgd.threads import default_threads, usable_threads
+from gsgd.waiting import is_due, join
 
 
 @dataclass
@@ -64,7 +65,7 @@ class _PathOptimizer:
         if not self._weights:
             raise ValueError("params: expected at least one parameter")
         self.skeleton = Skeleton(net, self._arrays, chosen.rule, backend=backend, balanced=self.scale == "balanced")
-        self.skeleton.warn_of_pinned()
+        self.skeleton.warn_of_pinned(waiting=True)
         if self.scale == "ones":
             set_to_one(self.skeleton, self._arrays)
         self._set_coordinates(Coordinates.of(self.skeleton, self._arrays, self.scale))
@@ -177,6 +178,22 @@ class _PathOptimizer:
             raise FloatingPointError(reason) from None
         self.stats.steps += 1
         self.stats.clamped += clamped
+        if is_due(self.stats.steps):
+            self._join()
+
+    def _join(self) -> None:
+        """Give coordinates to units that waited for weights which were 0 at the start."""
+        joined = join(self._net, self._arrays, self._coordinates, self.skeleton.rule)
+        if joined is None:
+            return
+        coordinates, units = joined
+        self.skeleton.replace_edges(coordinates.edges, self._arrays)
+        self._set_coordinates(coordinates)
+        moments = dict(zip(self._arrays, zip(self._m, self._v, strict=True), strict=True))
+        for name, index in coordinates.places(self._net, units):  # their moments were of other coordinates
+            for moment in moments[name]:
+                if moment is not None:
+                    moment[index] = 0
 
     def state_dict(self) -> dict[str, Any]:
         """Hyperparameters, skeleton, reference scale and moments: copies, of plain Python and NumPy types.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from gsgd.coordinates import Coordinates
 from gsgd.entries import at_edges
-from gsgd.layout import IN, OUT, network_layout
+from gsgd.layout import IN, OUT, Layout, network_layout
 from gsgd.network import Network
 from gsgd.skeleton import Rule, Skeleton
 from gsgd.stages import Scale, relative
@@ -34,14 +34,30 @@ def join(
         ready &= ~_meet_zero(net, arrays)
     if not ready.any():
         return None
-    skeleton = Skeleton(net, arrays, rule)
-    ready &= skeleton.edge_arrays[0][:, 0] >= 0
-    edges = [
-        np.where(ready[:, None], new, old) for new, old in zip(skeleton.edge_arrays, coordinates.edges, strict=True)
-    ]
-    t = network_layout(net, {name: a.shape for name, a in arrays.items()}, edges[0], edges[1])
+    edges = Skeleton(net, arrays, rule).edge_arrays
     given = list(arrays.values())
-    now = np.where(t.edge < len(t.owner), at_edges(t, given, given).astype(np.float64)[t.edge], 1.0)
+    shapes = {name: a.shape for name, a in arrays.items()}
+    return with_trees(net, shapes, coordinates, ready, edges, lambda t: at_edges(t, given, given)[t.edge])
+
+
+def with_trees(
+    net: Network,
+    shapes: Mapping[str, tuple[int, ...]],
+    coordinates: Coordinates,
+    ready: NDArray[np.bool_],
+    chosen: tuple[NDArray[np.int64], NDArray[np.int64]],
+    weights_of: Callable[[Layout], NDArray[Any]],
+) -> tuple[Coordinates, NDArray[np.int64]] | None:
+    """The coordinates with the chosen trees' edges for units that are ready and have some: see `join`.
+
+    `weights_of` says the weights of tree edges, (2, H + 1), by a layout.
+    """
+    ready = ready & (chosen[0][:, 0] >= 0)
+    if not ready.any():
+        return None
+    edges = [np.where(ready[:, None], new, old) for new, old in zip(chosen, coordinates.edges, strict=True)]
+    t = network_layout(net, shapes, edges[0], edges[1])
+    now = np.where(t.edge < len(t.owner), weights_of(t).astype(np.float64), 1.0)
     weights = [np.where(ready, w, old) for w, old in zip(now[:, :-1], coordinates.scale[:2], strict=True)]
     a, b = relative(t, Scale.of(np.asarray, weights[IN], weights[OUT], coordinates.c), now)
     c = np.append(coordinates.c, 1.0)

@@ -65,7 +65,7 @@ def failure(root: Path, tests: list[str]) -> str:
             os.dup2(log.fileno(), 2)
             sys.path.insert(0, str(root))
             os.environ["PYTHONPATH"] = str(root)
-            options = ["-x", "-q", "-W", "ignore", "--hypothesis-profile=unshrunk"]
+            options = ["-x", "-q", "--tb=no", "-W", "ignore", "--hypothesis-profile=unshrunk"]
             os._exit(pytest.main([*options, *(f"tests/test_{name}" for name in tests)]))
         status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         log.seek(0)
@@ -77,7 +77,7 @@ def failure(root: Path, tests: list[str]) -> str:
 
 def main(root: Path, listed: list[Mutant]) -> bool:
     """Try them all; whether the tests are strong enough."""
-    shutil.copytree(ROOT, root, ignore=shutil.ignore_patterns(".*", "build", "dist", "__pycache__", "*.so"))
+    shutil.copytree(ROOT, root, ignore=shutil.ignore_patterns(".*", "build", "dist", "*.so"))
     build(root)
     core, survivors = (root / CORE).read_bytes(), []
     for mutant in listed:

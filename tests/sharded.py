@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
+import os
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -126,12 +129,14 @@ def compare(model: nn.Module, shard: nn.Module, shape: tuple[int, ...], make: Ca
     }
 
 
-def fsdp(mesh: DeviceMesh, place: Place = None, methods: Sequence[str] = ("momentum", "GAdam")) -> dict[str, Any]:
+def fsdp(
+    mesh: DeviceMesh, place: Place = None, methods: Sequence[str] = ("momentum", "GAdam"), **options: Any
+) -> dict[str, Any]:
     """Both models."""
     found = {}
     for kind, shape in ((Perceptron, (16, 5)), (Residual, (8, 3, 4, 4))):
         for name in methods:
-            make = METHODS[name]
+            make = partial(METHODS[name], **options)
             torch.manual_seed(0)
             model = kind().double()
             found[f"{kind.__name__}, {name}"] = compare(model, sharded(model, mesh, place), shape, make)
@@ -143,17 +148,37 @@ def clipped(mesh: DeviceMesh) -> dict[str, Any]:
     torch.manual_seed(0)
     model = Perceptron().double()
     found = {}
-    for name, options in {"clip_norm": {"clip_norm": 0.1}, "max_ratio": {"max_ratio": 1.0001}}.items():
+    settings: dict[str, dict[str, Any]] = {
+        "clip_norm": {"clip_norm": 0.1},
+        "clip_norm, arrays": {"clip_norm": 0.1, "engine": "array"},
+        "max_ratio": {"max_ratio": 1.0001},
+    }
+    for name, options in settings.items():
         one = copy.deepcopy(model)
-        found[name] = compare(
-            one, sharded(one, mesh), (16, 5), lambda p, net, o=options: GSGD(p, network=net, lr=0.05, **o)
-        )
+        make = partial(METHODS["GSGD"], **options)
+        found[name] = compare(one, sharded(one, mesh), (16, 5), make)
     one, shape = copy.deepcopy(model), (16, 5)
     shard = sharded(one, mesh)
     net = gsgd.torch.trace(one, batch(shape, 0)[0])
     for m in (one, shard):
         train(m, GSGD(m, network=net, lr=0.05, scale="ones"), shape, range(10))
     return {**found, "ones": {"difference": difference(one, shard)}}
+
+
+def triton(mesh: DeviceMesh) -> dict[str, Any]:
+    """In Triton's interpreter, where there is one, against the C core."""
+    found = {}
+    for name, options in {"GAdam": {}, "clip_norm, triton": {"clip_norm": 0.1}}.items():
+        torch.manual_seed(0)
+        model = Perceptron().double()
+        if importlib.util.find_spec("triton") is not None:
+
+            def make(m: nn.Module, net: gsgd.Network, options: dict[str, Any] = options) -> Any:
+                on = "triton" if any(isinstance(p, DTensor) for p in m.parameters()) else "core"
+                return METHODS["GAdam"](m, net, engine=on, **options)
+
+            found[name] = compare(model, sharded(model, mesh), (16, 5), make)
+    return found
 
 
 def parallel(mesh: DeviceMesh) -> dict[str, Any]:
@@ -180,7 +205,7 @@ def two_dimensions(mesh: DeviceMesh) -> dict[str, Any]:
 
 
 def zeros(mesh: DeviceMesh) -> dict[str, Any]:
-    """Candidates that are zero, a unit that is dead: the same trees as those of the whole weights."""
+    """Candidates that are zero, units that are dead or wait: the same trees as those of the whole weights."""
     torch.manual_seed(0)
     model = Perceptron().double()
     with torch.no_grad():
@@ -188,14 +213,26 @@ def zeros(mesh: DeviceMesh) -> dict[str, Any]:
         model.up.weight[3] = model.up.bias[3] = 0
         model.mid.weight[:, 2] = 0
         model.mid.weight[4, 4] = 0
+        model.out.weight[:, 9] = 0
     shard = sharded(model, mesh)
     net = gsgd.torch.trace(model, batch((16, 5), 0)[0])
-    found = [GSGD(m, network=net).state_dict()["param_groups"][0]["gsgd"] for m in (model, shard)]
-    return {
-        "pinned": int((found[0]["in_edges"][:, 0] < 0).sum()),
-        "same": all(torch.equal(found[0][k], found[1][k]) for k in ("in_edges", "out_edges", "in_weights")),
-        "c": float((found[1]["c"] / found[0]["c"] - 1).abs().max()),
-    }
+    opts = [GSGD(m, network=net, lr=0.05, momentum=0.9) for m in (model, shard)]
+
+    def skeletons() -> list[dict[str, Any]]:
+        return [opt.state_dict()["param_groups"][0]["gsgd"] for opt in opts]
+
+    def compared() -> dict[str, Any]:
+        one, other = skeletons()
+        return {
+            "pinned": int((one["in_edges"][:, 0] < 0).sum()),
+            "same": all(torch.equal(one[k], other[k]) for k in ("in_edges", "out_edges")),
+            "scale": max(float((other[k] / one[k] - 1).abs().max()) for k in ("in_weights", "out_weights", "c")),
+        }
+
+    found = {"start": compared()}
+    for m, opt in zip((model, shard), opts, strict=True):
+        train(m, opt, (16, 5), range(6))
+    return {**found, "later": compared(), "difference": difference(model, shard)}
 
 
 def mixed_precision(mesh: DeviceMesh) -> dict[str, Any]:
@@ -244,7 +281,8 @@ def failures(mesh: DeviceMesh) -> dict[str, Any]:
             found[what] = str(error)
 
     refused("largest", lambda: GSGD(shard, network=net, rule="largest"))
-    refused("engine", lambda: GSGD(shard, network=net, engine="core"))
+    half = sharded(copy.deepcopy(model).bfloat16(), mesh)
+    refused("engine", lambda: GSGD(half, network=net, engine="core"))
     refused("no network", lambda: GSGD(shard))
     other = gsgd.torch.trace(model, batch((16, 5), 0)[0], leave_out="out") if rank else net
     refused("networks", lambda: GSGD(shard, network=other))
@@ -256,6 +294,24 @@ def failures(mesh: DeviceMesh) -> dict[str, Any]:
         plain.out.weight[0, 0] += rank
     refused("copies", lambda: GSGD(plain, network=net))
     return found
+
+
+def death(mesh: DeviceMesh) -> str:
+    """What the others are told when a process ends in the middle of training."""
+    torch.manual_seed(0)
+    model = Perceptron().double()
+    shard = sharded(model, mesh)
+    opt = GSGD(shard, network=gsgd.torch.trace(model, batch((16, 5), 0)[0]), lr=0.05)
+    train(shard, opt, (16, 5), range(1))
+    if mesh.get_rank() == 1:
+        os._exit(0)
+    before = [p.to_local().clone() for p in shard.parameters()]
+    try:
+        opt.step()
+    except RuntimeError as error:
+        same = all(torch.equal(p.to_local(), w) for p, w in zip(shard.parameters(), before, strict=True))
+        return str(error) if same else "weights have changed"
+    return "it stepped"
 
 
 def usual_order(mesh: DeviceMesh) -> dict[str, Any]:
@@ -323,6 +379,8 @@ SCENARIOS: dict[int, dict[str, Callable[[DeviceMesh, Path], dict[str, Any]]]] = 
     },
     3: {
         "rows": lambda mesh, _: fsdp(mesh),
+        "triton": lambda mesh, _: triton(mesh),
+        "arrays": lambda mesh, _: fsdp(mesh, methods=["GAdam"], engine="array"),
         "clipped": lambda mesh, _: clipped(mesh),
         "zeros": lambda mesh, _: zeros(mesh),
         "usual order": lambda mesh, _: usual_order(mesh),
@@ -338,6 +396,8 @@ def main(folder: Path, rank: int, world: int) -> None:
     mesh = init_device_mesh("cpu", (world,))
     found = {name: scenario(mesh, folder) for name, scenario in SCENARIOS[world].items()}
     torch.save(found, folder / f"{world}-{rank}.pt")
+    if world == 2:
+        torch.save({**found, "death": death(mesh)}, folder / f"{world}-{rank}.pt")
     dist.destroy_process_group()
 
 

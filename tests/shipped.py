@@ -46,13 +46,15 @@ def timm_class(part: str, name: str, **options: Any) -> Case:
     return lambda: (getattr(library(f"timm.models.{part}"), name)(**options), images(64))
 
 
-def _mixer(**layers: str) -> Case:
-    """timm's mixers differ in layers of these names."""
+def _mixer(ratio: Any, **layers: str) -> Case:
+    """timm's mixers differ in layers of these names, and in their widths relative to the channels."""
 
     def build() -> tuple[nn.Module, Inputs]:
         mixers = library("timm.models.mlp_mixer")
         chosen = {role: getattr(mixers, name) for role, name in layers.items()}
-        return mixers.MlpMixer(img_size=64, patch_size=16, num_blocks=2, embed_dim=32, **chosen), images(64)
+        return mixers.MlpMixer(
+            img_size=64, patch_size=16, num_blocks=2, embed_dim=32, mlp_ratio=ratio, **chosen
+        ), images(64)
 
     return build
 
@@ -187,9 +189,9 @@ SHIPPED: dict[str, dict[str, Case]] = {
         "Swin": timm(
             "swin_tiny_patch4_window7_224", img_size=64, window_size=4, embed_dim=24, depths=(1, 1), num_heads=(2, 4)
         ),
-        "Mixer": _mixer(),
-        "gMLP": _mixer(block_layer="SpatialGatingBlock", mlp_layer="GatedMlp"),
-        "ResMLP": _mixer(block_layer="ResBlock", norm_layer="Affine"),
+        "Mixer": _mixer((0.5, 4.0)),
+        "gMLP": _mixer(4, block_layer="SpatialGatingBlock", mlp_layer="GatedMlp"),
+        "ResMLP": _mixer(4, block_layer="ResBlock", norm_layer="Affine"),
         "PoolFormer": timm_class("metaformer", "MetaFormer", depths=(1, 1, 1, 1), dims=(16, 24, 32, 40)),
         "ConvMixer": timm_class("convmixer", "ConvMixer", dim=32, depth=2, act_layer=nn.ReLU),
         "ConvNeXt": timm("convnext_atto", depths=(1, 1, 1, 1), dims=(16, 24, 32, 40)),

@@ -182,6 +182,16 @@ def test_shards_of_every_method(method: str, limits: tuple[float, float], ranks:
         steps_alike(whole, [Shard(whole, axis, rank, ranks, uncut) for rank in range(ranks)], limits)
 
 
+def test_solved_tree_weights_are_those_that_will_be_read() -> None:
+    """Also where weights are float32: with clip_norm, the next gather relies on them."""
+    whole = Whole(dense_and_conv(), "momentum", np.float32)
+    gradients = whole.gradients(0)
+    given = (whole.weights, gradients, None, whole.m, whole.v, np.inf, None, 1)
+    solved, _ = whole.plan.solve(whole.plan.gather(*given), None, whole.rates, np.inf, np.inf)
+    whole.plan.apply(whole.weights, gradients, whole.m, whole.v, whole.rates, solved, 1)
+    np.testing.assert_array_equal(whole.plan.gather(*given)[:2, 1:], solved[:2, 1:])
+
+
 def test_what_is_not_finite_on_one_shard_is_known_to_all() -> None:
     whole = Whole(dense_and_conv(), "momentum")
     shards = [Shard(whole, 0, rank, 3) for rank in range(3)]

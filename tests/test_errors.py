@@ -319,9 +319,9 @@ def test_rescaling_out_of_range() -> None:
         gsgd.rescale(params, NET, np.full(NET.num_units, 1e45))
 
 
-def test_units_that_are_pinned_for_good_are_told_of() -> None:
+def test_units_that_wait_are_told_of() -> None:
     params = {"w1": np.ones((4, 3)), "w2": np.zeros((2, 4))}
-    with pytest.warns(UserWarning, match=r"4 units are pinned for good.*w1\[0\]"):
+    with pytest.warns(UserWarning, match=r"4 units wait with plain steps.*w1\[0\]"):
         gsgd.GSGD(params, gsgd.Network.sequential(params))
 
 

@@ -443,3 +443,18 @@ def test_random_numbers_of_python_and_numpy_are_seeded() -> None:
     states = (python_random.getstate(), np.random.get_state()[2])  # noqa: NPY002
     gsgd.jax.verify(apply, params, net, x)
     assert states == (python_random.getstate(), np.random.get_state()[2])  # noqa: NPY002
+
+
+def test_verify_explains_what_does_not_run_in_float64() -> None:
+    """A convolution takes no mixture of types; a matrix product does."""
+    constant = jnp.ones((4, 4, 1), jnp.float32)
+    net = gsgd.Network()
+    net.output(net.dense("w", net.input(3), 4, layout="io"))
+    params, x = {"w": jnp.ones((3, 4))}, jnp.ones((2, 3))
+    gjax.verify(lambda p, x: x @ p["w"] @ constant[..., 0], params, net, x)
+
+    def convolve(p: Any, x: Any) -> Any:
+        return jax.lax.conv_general_dilated((x @ p["w"])[..., None], constant, (1,), "SAME")
+
+    with pytest.raises(TypeError, match="apply: it does not run in float64"):
+        gjax.verify(convolve, params, net, x)

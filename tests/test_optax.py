@@ -418,15 +418,56 @@ def test_what_is_like_parameters_can_be_mapped() -> None:
     assert mapped.inner_state == gopt.State(*["whole"] * 4, specs, specs)
 
 
+@pytest.mark.parametrize("make", [lambda net: gopt.gsgd(0.1, net, 0.9), lambda net: gopt.gadam(0.1, net)])
+def test_the_state_of_parameters_without_values(make: Any) -> None:
+    """Of the shapes that a checkpoint is restored into; the names are those of a skeleton of non-zero weights."""
+    params, tx = start(jax.random.key(0)), make(chain())
+    state = tx.init(params)
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (params, state))
+    for found in (tx.init(shapes[0]), jax.eval_shape(tx.init, params)):
+        assert found == shapes[1]
+    lowered = jax.jit(tx.update).lower(shapes[0], tx.init(shapes[0]), shapes[0])
+    assert jax.tree.structure(lowered.out_info) == jax.tree.structure((params, state))
+
+
 def test_zero_weights_need_an_init_with_values() -> None:
     params = start(jax.random.key(0))
     params[1]["kernel"] = params[1]["kernel"].at[0].set(0)
     tx = gopt.gsgd(0.1, chain())
-    with pytest.warns(UserWarning, match="1 units are pinned for good"):
+    with pytest.warns(UserWarning, match="1 units wait with plain steps"):
         state = tx.init(params)
     assert np.isfinite(reference(state).c).all()
     with pytest.raises(Exception, match=r"skeleton weight 1.kernel\[0, 0\] is 0"):
         jax.block_until_ready(jax.jit(tx.init)(params))
+
+
+@pytest.mark.parametrize("method", ["nesterov", "adam"])
+@pytest.mark.usefixtures("x64")
+def test_units_that_wait_join_as_numpy_s_do(method: str) -> None:
+    """LoRA's, whose outer weights start at 0."""
+    net = gsgd.Network()
+    net.output(net.dense("b", net.dense("a", net.input(5), 3), 4))
+    random = np.random.default_rng(0)
+    params: Any = {"a": random.standard_normal((3, 5)), "b": np.zeros((4, 3))}
+    x, y = random.standard_normal((5, 16)), random.standard_normal((4, 16))
+    ours, core = METHODS[method]
+    tx, opt, weights = optax.chain(ours(net)), core(params, net), {n: jnp.array(w) for n, w in params.items()}
+    state, update = tx.init(weights), jax.jit(tx.update)
+    assert gopt.join(state, weights) is not None
+    for step in range(1, 6):
+        a, b = params["a"], params["b"]
+        error = b @ a @ x - y
+        grads = {"a": b.T @ error @ x.T / 16, "b": error @ (a @ x).T / 16}
+        updates, state = update(grads, state, weights)
+        weights = optax.apply_updates(weights, updates)
+        opt.step(grads)
+        if step in (1, 2, 4):
+            state = gopt.join(state, weights)
+        assert_close(weights, dict(params), rtol=1e-10, atol=1e-12)
+    assert opt.skeleton.num_units == 3
+    assert update._cache_size() == 2
+    with pytest.raises(ValueError, match="params: expected 2 arrays, as in init, got 1"):
+        gopt.join(state, {"a": weights["a"]})
 
 
 def test_the_example_runs() -> None:

@@ -83,11 +83,11 @@ PRODUCTS: dict[str, tuple[Op, dict[str, tuple[int, ...]], int, set[str]]] = {
     "a bias of two axes": (lambda m, h: joined((heads(h) + m.b).relu()), {"b": (2, 1, 3)}, 6, NONE),
     "a bias per position": (lambda m, h: (h[..., None] + m.b).relu().mean(-1), {"b": (6, 5)}, 6, NONE),
     "a bias of all heads": (lambda m, h: joined((heads(h) + m.b).relu()), {"b": (3,)}, 3, NONE),
-    "einsum of three": (
-        lambda m, h: torch.einsum("bk,bo,kio,bi->bo", torch.sigmoid(m.j(h))[:, :2], m.b[None], m.w, h.relu()),
-        {"w": (2, 6, 6), "b": (6,)},
-        0,
-        {"w", "b"},
+    "einsum with two parameters": (
+        lambda m, h: torch.einsum("i,io,bi->bo", m.b, m.w, h), {"w": (6, 6), "b": (6,)}, 0, {"w", "b"}
+    ),
+    "einsum with two features": (
+        lambda m, h: torch.einsum("bk,kio,bi->bo", h @ m.v, m.w, h), {"w": (2, 6, 6), "v": (6, 2)}, 12, NONE
     ),
     "experts": (
         lambda m, h: torch.einsum("bk,kio,bi->bo", torch.softmax(m.v[None], 1).expand(4, 2), m.w, h),
@@ -131,8 +131,12 @@ PRODUCTS: dict[str, tuple[Op, dict[str, tuple[int, ...]], int, set[str]]] = {
     "a gain": (lambda m, h: m.g * h, {"g": (6,)}, 12, NONE),
     "a gain per head": (lambda m, h: joined(heads(h) * m.g), {"g": (2, 1, 1)}, 6, {"g"}),
     "layer scale": (lambda m, h: h + m.g * torch.relu(m.j(h)), {"g": (6,)}, 12, NONE),
-    "weights of norm 1": (lambda m, h: F.linear(h, m.g * F.normalize(m.w)), {"w": (6, 6), "g": (6, 1)}, 0, {"w"}),
+    "weights of norm 1": (lambda m, h: F.linear(h, m.g * F.normalize(m.w)), {"w": (6, 6), "g": (6, 1)}, 6, {"w"}),
     "gated": (lambda m, h: F.silu(h @ m.v) * (h @ m.w), {"w": (6, 6), "v": (6, 6)}, 12, NONE),
+    "gated by a ReLU": (lambda m, h: (h @ m.v).relu() * (h @ m.w), {"w": (6, 6), "v": (6, 6)}, 12, NONE),
+    "gated by one unit": (lambda m, h: (h @ m.v).relu() * h, {"v": (6, 1)}, 6, NONE),
+    "divided by features": (lambda m, h: h / (h @ m.w).exp(), {"w": (6, 6)}, 6, NONE),
+    "divided by its mean": (lambda m, h: h / (h.mean(0) + 1), {}, 0, NONE),
     "gated by a half": (lambda m, h: F.glu(h @ m.w, 1), {"w": (6, 12)}, 12, NONE),
     "masked by a product": (lambda m, h: -h * (h > 0), {}, 6, NONE),
     "masked by where": (lambda m, h: torch.where(-h > 0, h, torch.zeros_like(h)), {}, 6, NONE),
@@ -152,7 +156,7 @@ PRODUCTS: dict[str, tuple[Op, dict[str, tuple[int, ...]], int, set[str]]] = {
 def test_products_and_masks(case: str) -> None:
     op, own, units, left = PRODUCTS[case]
     model, x = between(op, **own), torch.randn(4, 5)
-    if case not in ("einsum of three", "layer scale", "zeros no more", "constants no more"):
+    if case not in ("layer scale", "zeros no more", "constants no more"):
         del model.j
     net = trace(model, x)
     assert net.num_units == units
@@ -206,6 +210,11 @@ def by_einsum(m: Any, h: Tensor) -> Tensor:
     q, k, v = h.unflatten(-1, (3, 2, -1)).unbind(2)
     weights = torch.einsum("bqhe,bkhe->bhqk", q, k).softmax(-1)
     return torch.einsum("bhqk,bkhe->bqhe", weights, v)
+
+
+def linear_attention(m: Any, h: Tensor) -> Tensor:
+    q, k, v = (t.unflatten(-1, (2, -1)).transpose(1, 2) for t in h.chunk(3, -1))
+    return (q @ (k.mT @ v) / (1 + q.square() @ k.square().mT.sum(-1, keepdim=True))).transpose(1, 2)
 
 
 def attention(**options: Any) -> nn.Module:
@@ -274,6 +283,7 @@ class ByHand(nn.Module):
 BLOCK = 3 * WIDTH + FFN  # two norms, the values, the hidden layer
 TOKENS = (2, 3, 5)
 MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int]] = {
+    "linear attention": (lambda: block(linear_attention), TOKENS, BLOCK + WIDTH),
     "attention by matmul": (lambda: block(by_matmul), TOKENS, BLOCK + WIDTH),
     "attention by einsum": (lambda: block(by_einsum), TOKENS, BLOCK + WIDTH),
     # the norm, the values, what is projected

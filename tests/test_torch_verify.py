@@ -75,6 +75,31 @@ def test_every_branch_of_a_random_choice_is_tried(draw: Callable[[], float]) -> 
             verify(two_layers(forward), network(), X, seed=seed)
 
 
+@pytest.mark.parametrize("probability", [0.0, 0.01])
+def test_layers_that_are_skipped_at_random(probability: float) -> None:
+    """A chain that skips a layer rarely: few seeds would find it."""
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        h = torch.relu(m.a(x))
+        skip = m.training and torch.rand([]) < probability
+        return m.b(h if skip else torch.relu(m.c(h)))
+
+    model = Call(forward, a=nn.Linear(4, 8), c=nn.Linear(8, 8), b=nn.Linear(8, 3))
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        net = trace(model, X)
+    if not probability:
+        assert not found
+        verify(model, net, X)
+        return
+    assert "branches on random numbers, at" in str(found[0].message)
+    with pytest.raises(SymmetryError, match=r"in training.*'c.weight'"):
+        verify(model, net, X)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        verify(model, trace(model, X, pin_after=("a", "c")), X)
+
+
 def test_modules_that_refuse_plain_state_dicts_are_set_in_place() -> None:
     class Versioned(nn.Linear):
         def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:

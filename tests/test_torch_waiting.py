@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import gsgd
 from gsgd import rescale
 from gsgd.torch import GSGD, GAdam, trace, verify
 from gsgd.waiting import is_due
@@ -142,6 +143,20 @@ def relative_of(optimizer: Any, values: dict[str, Any]) -> tuple[Any, Any]:
 
     units = range(net.num_units)
     return np.array([walk(u, 0) for u in units]) / at.c, np.array([walk(u, 1) for u in units]) * at.c
+
+
+def test_numpy_s_optimizer_does_the_same() -> None:
+    model, x, y = model_and_data()
+    optimizer = make(GSGD, model, lr=0.05, momentum=0.9)
+    arrays = {name: p.detach().numpy().copy() for name, p in model.named_parameters() if p.requires_grad}
+    with pytest.warns(UserWarning, match="3 units wait with plain steps"):
+        other = gsgd.GSGD(arrays, optimizer.network, lr=0.05, momentum=0.9)
+    for _ in range(5):
+        train(model, optimizer, x, y, 1)
+        other.step({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
+        for name, w in arrays.items():
+            np.testing.assert_array_equal(w, dict(model.named_parameters())[name].detach())
+    assert other.skeleton.num_units == active(optimizer) == 3
 
 
 def test_some_weights_stay_zero() -> None:

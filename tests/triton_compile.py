@@ -5,6 +5,7 @@ Run without TRITON_INTERPRET; it prints a line per kernel.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -13,8 +14,11 @@ from torch import nn
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from gsgd.layout import network_layout
+from gsgd.optimizer import Stats
 from gsgd.torch import GSGD, GAdam, GRMSprop
 from gsgd.torch.engines import triton as engine
+from gsgd.torch.engines.triton_part import TritonPart
 
 TYPES = {
     torch.float64: "*fp64",
@@ -43,6 +47,18 @@ def compile_for(target: GPUTarget, kernel: Any, arguments: tuple[Any, ...], cons
     return triton.compile(source, target=target, options=options)
 
 
+def launch_parts(opt: Any) -> None:
+    """The stages of a step on parts of arrays."""
+    tensors = opt._tensors()
+    layout = network_layout(opt.network, {n: tuple(p.shape) for n, p in tensors.items()}, *opt._coordinates.edges)
+    own = TritonPart(opt.network, opt._coordinates, tensors, layout, layout, [True] * len(tensors))
+    moments = [[opt.state[p].get(name) for p in tensors.values()] for name in opt.moments]
+    gradients, groups = [p.grad for p in tensors.values()], [0] * len(tensors)
+    step = own.begin(gradients, moments, [opt._method(opt.param_groups[0])], groups, (2.0, math.inf), Stats())
+    own.gather(step)
+    own.solve(step)
+
+
 def main() -> None:
     engine.runs_on = lambda device: True
     launched: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
@@ -56,7 +72,7 @@ def main() -> None:
         def __getitem__(self, grid: tuple[int]) -> Any:
             return lambda *arguments, **constants: launched.append((self.kernel, arguments, constants))
 
-    for name in ("gather", "solve", "apply"):
+    for name in ("gather", "collect", "solve", "apply"):
         setattr(engine.kernels, name, Recorder(getattr(engine.kernels, name)))
     for capability, dtype, method, options in CASES:
         del launched[:]
@@ -65,6 +81,8 @@ def main() -> None:
         for p in model.parameters():
             p.grad = torch.ones_like(p)
         opt.step()
+        if dtype != torch.float64:
+            launch_parts(opt)
         for kernel, arguments, constants in launched:
             built = compile_for(GPUTarget("cuda", capability, 32), kernel, arguments, constants)
             print(f"sm_{capability}", kernel.__name__, dtype, len(built.asm["cubin"]), flush=True)

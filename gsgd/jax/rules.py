@@ -101,18 +101,24 @@ def gather(
     fill_value: Any,
     **_: Any,
 ) -> Nodes:
-    """Features at constant places; at others some positions, or some examples of the batch."""
+    """Features at constant places; at others some positions, or some examples of the batch, or rows of a table."""
     if fill_value and not math.isnan(fill_value):
         raise NotUnderstood(f"filled with {fill_value}")
     nodes, dims, places = run.nodes(x), dimension_numbers, run.known.get(indices)
     batch, moved = dims.operand_batching_dims, dims.start_index_map
+    window = [d for d in range(nodes.ndim) if d not in (*dims.collapsed_slice_dims, *batch)]
+    offsets = dict(zip(window, dims.offset_dims, strict=True))
+    table = run.operand(x)
+    if table.weight is not None:
+        if any(slice_sizes[d] != nodes.shape[d] for d in window):
+            raise NotUnderstood("of a part")
+        own = [offsets.get(d, ("place", d)) for d in range(nodes.ndim)]
+        return rules.look_up(run.on, table, own, range(len(shape)), shape)
     last = [nodes.shape[d] - slice_sizes[d] for d in moved]
     if places is None or batch or (places < 0).any() or (places > last).any():
         places = None
         nodes = run.on.equal_along(nodes, [d for d, n in enumerate(slice_sizes) if n != nodes.shape[d] or d in batch])
     nodes = compact(nodes)[0]
-    window = [d for d in range(nodes.ndim) if d not in (*dims.collapsed_slice_dims, *batch)]
-    offsets = dict(zip(window, dims.offset_dims, strict=True))
     index = [np.zeros([1] * len(shape), np.int64) for _ in nodes.shape]
     for d, n in enumerate(nodes.shape):
         if n != 1 and places is not None and d in moved:
@@ -122,6 +128,20 @@ def gather(
             view = [-1 if i == offsets[d] else 1 for i in range(len(shape))]
             index[d] = index[d] + np.arange(slice_sizes[d]).reshape(view)
     return np.broadcast_to(nodes[tuple(index)], shape)
+
+
+def scatter(
+    run: Run, shape: tuple[int, ...], x: int, indices: int, updates: int, *, dimension_numbers: Any, **_: Any
+) -> Nodes:
+    """Sums and extrema of what is written to a position, and of what was there."""
+    dims, added = dimension_numbers, run.nodes(updates)
+    window = [d for d in range(len(shape)) if d not in dims.inserted_window_dims]
+    if dims.operand_batching_dims or [added.shape[d] for d in dims.update_window_dims] != [shape[d] for d in window]:
+        raise NotUnderstood("of a part")
+    added = run.on.collapse(added, set(range(added.ndim)) - set(dims.update_window_dims))
+    added = added.reshape([n if d in window else 1 for d, n in enumerate(shape)])
+    before = run.on.collapse(run.nodes(x), dims.inserted_window_dims)
+    return np.broadcast_to(rules.choose(run.on, before, added), shape)
 
 
 def convolution(
@@ -190,6 +210,15 @@ def rearranged(run: Run, step: Step) -> list[Nodes | Parameter]:
                 return [moved]
     made = REARRANGING[name]([run.nodes(i) for i in step.reads], options, shape)
     return list(made) if isinstance(made, list) else [made]
+
+
+def cumulate(run: Run, step: Step) -> list[Nodes | Parameter]:
+    """Of every line along a dimension, sums of some elements, or these in another order."""
+    options, made = step.equation.params, step.made
+    dim = options["dimension"] if "dimension" in options else options["axis"]
+    found = [run.nodes(i) for i in step.reads]
+    values = [rules.pool(run.on, n, [dim % n.ndim], v.shape) for n, v in zip(found, made, strict=False)]
+    return [*values, *(run.on.fill(v.shape) for v in made[len(values) :])]  # indices
 
 
 def pad(run: Run, shape: tuple[int, ...], x: int, value: int, *, padding_config: Any) -> Nodes:
@@ -349,6 +378,7 @@ RULES: dict[str, Rule] = {
     "sign": _plain(sign),
     # layers, and what takes elements together
     "conv_general_dilated": _made(convolution),
+    **dict.fromkeys(("cummax", "cummin", "cumsum", "sort", "top_k"), cumulate),
     "dot_general": _made(contract),
     "dynamic_slice": _made(slice_positions),
     "gather": _made(gather),
@@ -359,5 +389,6 @@ RULES: dict[str, Rule] = {
     "reduce_window_max": _made(pool),
     "reduce_window_min": _made(pool),
     "reduce_window_sum": _made(pool),
+    **dict.fromkeys(("scatter-add", "scatter-max", "scatter-min"), _made(scatter)),
     **dict.fromkeys(REARRANGING, rearranged),
 }

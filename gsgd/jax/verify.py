@@ -39,7 +39,8 @@ def verify(apply: Callable[..., Any], params: Any, net: Network, example: Any, s
         `net` names parameters that are not in `params`, or of another shape; it is an approximation ("paper",
         "released"); or the outputs are not finite.
     TypeError
-        `params` or `example` has no values.
+        `params` or `example` has no values; or `apply` does not run in float64, as where it closes over float32 arrays
+        and a primitive takes no mixture.
     """
     for argument, tree in (("params", params), ("example", example)):
         if any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(tree)):
@@ -59,7 +60,14 @@ def verify(apply: Callable[..., Any], params: Any, net: Network, example: Any, s
                 found = apply(structure.unflatten({**fixed, **weights}[name] for name in fixed), *inputs)
             return [y for y in jax.tree.leaves(found) if jnp.issubdtype(jnp.result_type(y), jnp.inexact)]
 
-        functional = [random.standard_normal(y.shape) for y in jax.eval_shape(outputs, weights)]
+        try:
+            made = jax.eval_shape(outputs, weights)
+        except TypeError as error:
+            raise TypeError(
+                "apply: it does not run in float64. Arrays that it closes over stay float32, as does what it casts: "
+                f"pass them in params or in the example, or cast them to the type of its input ({error})"
+            ) from error
+        functional = [random.standard_normal(y.shape) for y in made]
 
         def of_outputs(weights: Arrays) -> jax.Array:
             pairs = zip(functional, outputs(weights), strict=True)

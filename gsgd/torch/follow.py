@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves
 
 from gsgd.symmetry import kept_states
 from gsgd.torch.memory import copy_converted, held_tensors, isolated_global_hooks
-from gsgd.torch.values import ASKING, DRAWING, LIKE, Kind, Kinds, call, is_continuous, on_cpu, tensors_in
+from gsgd.torch.values import ASKING, DRAWING, LIKE, Kind, Kinds, call, is_continuous, on_cpu, tensors_in, with_uniform
 
 OUT_OF_SIGHT = "it reads a value made out of sight: by TorchScript, vmap or an extension"
 # where torch keeps its kernels without values that are written in Python
@@ -203,8 +203,7 @@ class Follow(TorchFunctionMode):
         if name.strip("_") in DRAWING:
             made_of = max(made_of, Kind.DRAWN)
         out, self.written = call(self.kind, func, name, args, kwargs, self.real)
-        if self.uniform is not None and name in ("rand", "rand_like"):
-            out = torch.full_like(out, self.uniform)
+        out = with_uniform(out, name, self.uniform)
         results = tensors_in(out)
         if not self.real and made_of is Kind.REAL:  # what is known all the same was made of nothing else
             known = max((self.kind(t) for t in tensors if self.kind(t) < Kind.REAL), default=Kind.FIXED)

@@ -41,8 +41,7 @@ def affine(run: Run, out: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor
     """What a normalization over more than single channels does to these."""
     pin_computed(run, weight)
     if any(t is not None and t.ndim > 1 for t in (weight, bias)):  # every element has a weight
-        run.on.pin(run.nodes(x), "scale lost in normalization")
-        nodes = rules.multiply(run.on, Operand(run.on.fill(out.shape)), run.operand(weight))
+        nodes = rules.normalize(run.on, run.nodes(x), run.operand(weight))
         return nodes if bias is None else rules.add(run.on, Operand(nodes), run.operand(bias))
     y = run.on.net.norm(run.on.read(run.nodes(x), dim), run.described(weight), run.described(bias))
     return written(run, y, bias, dim, out)

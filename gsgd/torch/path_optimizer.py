@@ -21,6 +21,7 @@ from gsgd.threads import usable_threads
 from gsgd.torch.engines import Engine, EngineName, EngineOption, Tensors, as_real, check_engine, choose
 from gsgd.torch.parameters import EXPECTED, Closure, Owner, Params, named_network, refuse_unsupported
 from gsgd.torch.shard_coordinates import find_coordinates
+from gsgd.torch.shard_coordinates import join as join_shards
 from gsgd.torch.shards import Shards, any_sharded, local
 from gsgd.torch.state import held_moments, matched, saved_skeleton
 from gsgd.waiting import is_due, join
@@ -260,22 +261,27 @@ class PathOptimizer(torch.optim.Optimizer):
 
     def _join(self) -> None:
         """Give coordinates to units that waited for weights which were 0 at the start."""
+        if (self._coordinates.in_edges[:, 0] >= 0).all():
+            return
         tensors = self._tensors()
-        if (self._coordinates.in_edges[:, 0] >= 0).all() or any_sharded(tensors):
+        on_cuda = any(p.is_cuda for p in tensors.values())
+        if on_cuda and torch.cuda.is_current_stream_capturing():  # a replay would not come here
             return
-        if torch.cuda.is_current_stream_capturing():  # a replay would not come here
-            return
-        joined = join(self.network, self._values(), self._coordinates, self._options.rule)
+        shards = Shards(tensors) if any_sharded(tensors) else None
+        if shards is None:
+            joined = join(self.network, self._values(), self._coordinates, self._options.rule)
+        else:
+            joined = join_shards(self.network, tensors, self._coordinates)
         if joined is None:
             return
         self._coordinates, units = joined
         self._engine = None
-        for edges in self._coordinates.edges:  # their moments were of other coordinates
-            for k, entry in edges[units].tolist():
-                block = self.network.blocks[k]
-                state = self.state.get(tensors[block.name], {})
-                for moment in (state[name] for name in self.moments if state.get(name) is not None):
-                    moment[block.index(entry)] = 0
+        number = {name: i for i, name in enumerate(tensors)}
+        for name, index in self._coordinates.places(self.network, units):  # their moments were of other coordinates
+            at = index if shards is None else shards.place(number[name], index)
+            state = self.state.get(tensors[name], {})
+            for moment in (state[key] for key in self.moments if at is not None and state.get(key) is not None):
+                local(moment)[at] = 0
 
     def _leave_out(self, lost: list[str]) -> None:
         """Parameters that are no longer the model's take no part any more, nor their units."""

@@ -16,13 +16,12 @@ from torch.utils._pytree import tree_leaves
 
 from gsgd.torch.follow import Follow, copy_model, name_of, own_tensors
 from gsgd.torch.memory import held_tensors, shared_parameters
-from gsgd.torch.values import SELECTING, Kind, is_continuous, storage_of, tensors_in
+from gsgd.torch.values import EXTREMES, SELECTING, Kind, is_continuous, storage_of, tensors_in
 from gsgd.warn import warn
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]  # positional and keyword
 
 _TRIED_SIZES = (224, 32, 28, 64, 96, 128, 256, 299, 16, 8)  # spatial extents, when no example inputs are given
-_EXTREMES = (0.0, 1 - 2**-24)  # of random numbers between 0 and 1
 _NUDGES = (1e-6, 1.0)  # a number that is asked for is changed by so much of it, to see whether it is used
 
 
@@ -92,10 +91,11 @@ def record(model: nn.Module, names: Mapping[str, str], given: Arguments | None, 
         used |= numbers
     if outside:
         _warn_of_choices(model, outside.values())
-    if first.drawn and any(_is_other(first, partial(run, inputs, uniform=x)) for x in _EXTREMES):
+    if first.drawn and any(_is_other(first, partial(run, inputs, uniform=x)) for x in EXTREMES):
         warn(
             f"the model branches on random numbers, at {', '.join(dict.fromkeys(first.drawn))}: the network is that of "
-            "one branch. Pass verify, which tries several, or switch that off",
+            "one branch. verify tries others. If it fails, switch them off, or name the modules that may be skipped, "
+            "and what comes before them, in pin_after"
         )
     live = _live(first, used)
     reads = Counter(t for i in live for t in first.calls[i].counted)

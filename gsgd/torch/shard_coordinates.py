@@ -12,11 +12,12 @@ from torch import Tensor
 
 from gsgd import stages
 from gsgd.coordinates import Coordinates, ScaleName
-from gsgd.layout import IN, OUT, Layout, Span, convert, network_layout, part
+from gsgd.layout import IN, OUT, Edges, Layout, Span, convert, network_layout, part
 from gsgd.network import Network
 from gsgd.skeleton import Rule, make_plan, warn_of_pinned
 from gsgd.torch.engines.base import to_device
 from gsgd.torch.shards import Shards, local
+from gsgd.waiting import with_trees
 from gsgd.warn import warn
 
 Floats = NDArray[np.float64]
@@ -37,11 +38,17 @@ def find_coordinates(net: Network, tensors: Mapping[str, Tensor], rule: Rule, sc
     if rule != "modulo":
         raise ValueError("rule: expected 'modulo' for sharded parameters, 'largest' would have to gather them")
     shards, weights = Shards(tensors), [local(p) for p in tensors.values()]
-    copies = zip(tensors, weights, shards.index, strict=True)
+    blocks = {name: [b for b in net.blocks if b.name == name] for name in sorted(tensors)}
+    described = [f"{name} {tuple(tensors[name].shape)} {tensors[name].dtype}" for name in blocks]
+    shards.check_agreement({"the set of parameters, or their shapes and dtypes,": described})
+    at = {name: [x for b in own for x in (str(b.dims), b.rows, b.cols)] for name, own in blocks.items()}
+    copies = {
+        name: _copied(w, own, p) for (name, p), w, own in zip(tensors.items(), weights, shards.index, strict=True)
+    }
     shards.check_agreement(
         {
-            "the network": [str(net), *(x for b in net.blocks for x in (b.rows, b.cols))],
-            **{f"parameter {name!r}": _seen(w, own, tensors[name]) for name, w, own in copies},
+            **{f"the network at parameter {name!r}": own for name, own in at.items()},
+            **{f"parameter {name!r}": copies[name] for name in blocks},
         }
     )
     bad = torch.tensor([float(not w.isfinite().all()) for w in weights], dtype=torch.float64, device=weights[0].device)
@@ -49,26 +56,11 @@ def find_coordinates(net: Network, tensors: Mapping[str, Tensor], rule: Rule, sc
         if count:
             raise ValueError(f"parameter {name!r} has entries that are not finite")
 
-    shapes = {name: tuple(p.shape) for name, p in tensors.items()}
-    # ones stand for weights that are not known to be zero: a single number seen as a whole array
-    stand_ins = [np.broadcast_to(np.float32(1), shape) for shape in shapes.values()]
-    plan, _ = make_plan(net, dict(zip(tensors, stand_ins, strict=True)), "c")
-    none: list[Any] = [None] * len(weights)
-    while True:
-        edges = plan.choose_trees(stand_ins, False, None)
-        whole = network_layout(net, shapes, *edges)
-        here = convert(part(whole, shards.counted), to_device(weights[0].device))
-        found = shards.total(stages.gather(here, weights, none, [(None, None)] * len(weights)).weights)
-        tree_weights = found.cpu().numpy()
-        zero = (tree_weights == 0) & (whole.edge < len(whole.owner))
-        if not zero.any():
-            break
-        for i in np.unique(_arrays_of(whole, whole.edge[zero])):
-            stand_ins[i] = _without_zeros(stand_ins[i], whole, int(i), zero, weights[i], shards)
-    warn_of_pinned(net, edges[0])
+    whole, counted, edges, tree_weights = _choose_trees(net, tensors, weights, shards)
+    warn_of_pinned(net, edges[0], waiting=True)
     c = np.ones(net.num_units)
     if scale == "balanced":
-        c = _balanced(whole, here, weights, shards)
+        c = _balanced(whole, counted, weights, shards)
     if scale == "ones":
         everywhere = part(whole, shards.index)
         for a, w in zip(everywhere.arrays, weights, strict=True):
@@ -79,11 +71,76 @@ def find_coordinates(net: Network, tensors: Mapping[str, Tensor], rule: Rule, sc
     return Coordinates(in_edges, out_edges, tree_weights[IN], tree_weights[OUT], c)
 
 
-def _seen(w: Tensor, own: Sequence[Any], p: Tensor) -> list[Any]:
-    """What must be the same on all processes: a shape, and all weights of those that hold all of them."""
+def join(
+    net: Network, tensors: Mapping[str, Tensor], coordinates: Coordinates
+) -> tuple[Coordinates, NDArray[np.int64]] | None:
+    """As `gsgd.waiting.join`, by sums over processes."""
+    shards, weights = Shards(tensors), [local(p) for p in tensors.values()]
+    shapes = {name: tuple(p.shape) for name, p in tensors.items()}
+    ready = (coordinates.in_edges[:, 0] < 0) & (_meet_zero(net, tensors, weights, shards) == 0)
+    if not ready.any():
+        return None
+    chosen = _choose_trees(net, tensors, weights, shards)[2]
+    return with_trees(
+        net, shapes, coordinates, ready, chosen, lambda t: _tree_weights(_counted(t, weights, shards), weights, shards)
+    )
+
+
+def _choose_trees(
+    net: Network, tensors: Mapping[str, Tensor], weights: Sequence[Tensor], shards: Shards
+) -> tuple[Layout, Layout, tuple[Edges, Edges], Floats]:
+    """The layout of the whole, of what this process counts, the trees, and the weights of their edges, (2, H + 1)."""
+    shapes = {name: tuple(p.shape) for name, p in tensors.items()}
+    plan, stand_ins = _plan_of_ones(net, tensors)  # for weights that are not known to be zero
+    while True:
+        edges = plan.choose_trees(stand_ins, False, None)
+        whole = network_layout(net, shapes, *edges)
+        here = _counted(whole, weights, shards)
+        tree_weights = _tree_weights(here, weights, shards)
+        zero = (tree_weights == 0) & (whole.edge < len(whole.owner))
+        if not zero.any():
+            return whole, here, edges, tree_weights
+        for i in np.unique(_arrays_of(whole, whole.edge[zero])):
+            stand_ins[i] = _without_zeros(stand_ins[i], whole, int(i), zero, weights[i], shards)
+
+
+def _counted(whole: Layout, weights: Sequence[Tensor], shards: Shards) -> Layout:
+    """What this process counts, in tensors."""
+    return convert(part(whole, shards.counted), to_device(weights[0].device))
+
+
+def _tree_weights(here: Layout, weights: Sequence[Tensor], shards: Shards) -> Floats:
+    """The weights of tree edges, (2, H + 1), wherever they are."""
+    none: list[Any] = [None] * len(weights)
+    found = stages.gather(here, weights, none, [(None, None)] * len(weights)).weights
+    everywhere: Floats = shards.total(found).cpu().numpy()
+    return everywhere
+
+
+def _meet_zero(net: Network, tensors: Mapping[str, Tensor], weights: Sequence[Tensor], shards: Shards) -> Floats:
+    """How many of every unit's weights are 0."""
+    plan, ones = _plan_of_ones(net, tensors)
+    shapes = {name: tuple(p.shape) for name, p in tensors.items()}
+    here = _counted(network_layout(net, shapes, *plan.choose_trees(ones, False, None)), weights, shards)
+    count = torch.zeros(net.num_units + 1, dtype=torch.float64, device=weights[0].device)
+    for a, w in zip(here.arrays, weights, strict=True):
+        for span, table in ((a.rows, here.rows), (a.cols, here.cols)):
+            if span is not None:
+                _add(count, span.of(torch, table), (w == 0).reshape(a.shape).double())
+    found: Floats = shards.total(count)[:-1].cpu().numpy()
+    return found
+
+
+def _plan_of_ones(net: Network, tensors: Mapping[str, Tensor]) -> tuple[Any, list[NDArray[np.float32]]]:
+    """A plan to choose trees with, and ones for all weights: single numbers seen as whole arrays."""
+    ones = [np.broadcast_to(np.float32(1), tuple(p.shape)) for p in tensors.values()]
+    return make_plan(net, dict(zip(tensors, ones, strict=True)), "c")[0], ones
+
+
+def _copied(w: Tensor, own: Sequence[Any], p: Tensor) -> list[Any]:
+    """What must be the same on all processes: whether they hold all of it, and then the weights."""
     copied = all(len(x) == n for x, n in zip(own, p.shape, strict=True))
-    values = [w.cpu().float().numpy()] if copied else []
-    return [f"{tuple(p.shape)} {p.dtype} {copied}", *values]
+    return [str(copied), *([w.cpu().float().numpy()] if copied else [])]
 
 
 def _arrays_of(whole: Layout, edges: NDArray[np.int32]) -> NDArray[np.int64]:
@@ -148,11 +205,6 @@ def _balanced(whole: Layout, here: Layout, weights: Sequence[Tensor], shards: Sh
         """Units at the rows or columns of an array."""
         return torch.tensor(units, device=t.device) if span is None else span.of(torch, table)
 
-    def add(to: Tensor, ids: Tensor, x: Tensor) -> None:
-        """Add up by unit, or by flow, what is given per entry."""
-        over = [d for d in range(x.ndim) if ids.ndim == 0 or ids.shape[d] == 1]
-        to.index_add_(0, ids.reshape(-1), (x.sum(over) if over else x).reshape(-1))
-
     moved = 0.0
     for _ in range(_MOST_SWEEPS):
         moved = 0.0
@@ -165,9 +217,9 @@ def _balanced(whole: Layout, here: Layout, weights: Sequence[Tensor], shards: Sh
                     continue
                 rows, cols = at(a.rows, here.rows), at(a.cols, here.cols)
                 if i in into:
-                    add(sums[0], rows, w2 * torch.exp(-2 * t[cols]))
+                    _add(sums[0], rows, w2 * torch.exp(-2 * t[cols]))
                 if i in out_of:
-                    add(sums[1], cols, w2 * torch.exp(2 * t[rows]))
+                    _add(sums[1], cols, w2 * torch.exp(2 * t[rows]))
             total_in, total_out = shards.total(sums[:, members])
             alive = (total_in > 0) & (total_out > 0)  # others are pinned
             move = torch.where(alive, torch.log(total_out / total_in) / 4 - t[members], 0.0)
@@ -181,13 +233,19 @@ def _balanced(whole: Layout, here: Layout, weights: Sequence[Tensor], shards: Sh
                 rows, cols = at(a.rows, here.rows), at(a.cols, here.cols)
                 e = w2 * torch.exp(2 * t[rows] - 2 * t[cols])
                 between = place_of[layer_of[rows], layer_of[cols]]
-                add(energy, between, e)
+                _add(energy, between, e)
         shifts = _best_shifts(len(layers), flows, shards.total(energy).cpu().numpy())
         t += torch.from_numpy(shifts).to(t.device)[layer_of]
     else:
         warn(f"the balanced scale did not converge: {moved:.1e} is left", RuntimeWarning)
     scale: Floats = torch.exp(t[:-1]).cpu().numpy()
     return scale
+
+
+def _add(to: Tensor, ids: Tensor, x: Tensor) -> None:
+    """Add up by unit, or by flow, what is given per entry."""
+    over = [d for d in range(x.ndim) if ids.ndim == 0 or ids.shape[d] == 1]
+    to.index_add_(0, ids.reshape(-1), (x.sum(over) if over else x).reshape(-1))
 
 
 def _best_shifts(layers: int, flows: Sequence[tuple[int, int]], energy: Floats) -> Floats:

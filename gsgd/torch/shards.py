@@ -105,6 +105,11 @@ class Shards:
         """`index`; None where this process's part does not enter sums."""
         return [own if counts else None for own, counts in zip(self.index, self.counts, strict=True)]
 
+    def place(self, i: int, index: Sequence[int]) -> tuple[int, ...] | None:
+        """Where an entry of the `i`-th parameter lies in what is here, if it does."""
+        found = [np.flatnonzero(own == at) for own, at in zip(self.index[i], index, strict=True)]
+        return tuple(int(x[0]) for x in found) if all(map(len, found)) else None
+
     def total(self, x: Tensor) -> Tensor:
         """`x` summed over the processes that hold parts, in place: the same bits on all of them."""
         return self._reduce(x, dist.ReduceOp.SUM)

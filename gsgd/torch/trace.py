@@ -74,7 +74,8 @@ def trace(
     -----
     UserWarning
         A trainable parameter was not read, and is not in `leave_out`. Or the model asks for real values, to branch
-        on them, say: those of a run on the example inputs are taken, and the warning names the lines that asked.
+        on them, say: those of a run on the example inputs are taken, and the warning names the lines that asked. Or it
+        branches on random numbers of torch.
 
     Raises
     ------

@@ -40,6 +40,7 @@ _INDEXING = {
     "index_put", "index_put_", "index_select", "lstm", "repeat_interleave", "rnn_relu", "rnn_tanh", "take_along_dim",
 }
 # fmt: on
+EXTREMES = (0.0, 1 - 2**-24)  # of random numbers between 0 and 1
 _CPU = torch.device("cpu")
 
 
@@ -130,6 +131,11 @@ def call(
         originals = {id(passed[id(t)]): t for t in tensors}
         out = tree_map_only(Tensor, lambda t: originals.get(id(t), t), out)
     return out, [t for t in tensors if _version(passed[id(t)]) != versions[id(t)]]
+
+
+def with_uniform(out: Any, name: str, uniform: float | None) -> Any:
+    """What the function of this name returns, with all random numbers between 0 and 1 replaced by this, if given."""
+    return out if uniform is None or name not in ("rand", "rand_like") else torch.full_like(out, uniform)
 
 
 def _version(t: Tensor) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -19,7 +19,7 @@ from gsgd.network import Network
 from gsgd.symmetry import Arrays, Probe, check, perturbed, random_states, seeded
 from gsgd.torch.follow import arguments, copy_model, kept_random_states, output_tensors, unwrap
 from gsgd.torch.memory import copy_converted, isolated_global_hooks
-from gsgd.torch.values import is_continuous, tensors_in
+from gsgd.torch.values import EXTREMES, is_continuous, tensors_in, with_uniform
 
 _SEEDS = 8  # that are tried of a model that draws random numbers
 
@@ -45,7 +45,7 @@ def verify(
         Inputs with values; a batch that batch normalization accepts.
     seed : int
         Of the factors, the functional, and the random numbers of the model (torch's, Python's and NumPy's). A model
-        that branches on these is tried with several seeds.
+        that branches on these is tried with several seeds, and with all of torch's uniform numbers near 0 or 1.
 
     Raises
     ------
@@ -66,10 +66,18 @@ def verify(
     weights = perturbed(net, {name: p.numpy() for name, p in inner.items() if is_continuous(p)}, seed)
     probes = []
     for mode, training in (("in evaluation, ", False), ("in training, ", True)):
-        for s in copied.seeds(training, weights, seed):
-            run = (training, s)
+        for draws in copied.ways(training, weights, seed):
+            run = (training, draws)
             probes.append(Probe(mode, partial(copied.values, *run), partial(copied.gradients, *run)))
     check(net, weights, probes, seed)
+
+
+@dataclass(frozen=True)
+class _Draws:
+    """The random numbers of a run; `uniform` takes the place of all of torch's between 0 and 1."""
+
+    seed: int
+    uniform: float | None = None
 
 
 @dataclass(frozen=True)
@@ -92,8 +100,8 @@ class _Copy:
         self.inner = {outer: name for name, outer in names.items()}
         self.inputs = arguments(example_inputs)
 
-    def run(self, training: bool, seed: int, weights: Arrays) -> _Run:
-        """Run with `weights`; random numbers are the same for the same seed, buffers keep their values.
+    def run(self, training: bool, draws: _Draws, weights: Arrays) -> _Run:
+        """Run with `weights`; random numbers are the same for the same draws, buffers keep their values.
 
         A copy, since backward may run a part of the module again (activation checkpointing).
         """
@@ -102,15 +110,15 @@ class _Copy:
         with torch.no_grad():
             for name, w in weights.items():
                 parameters[self.inner[name]].copy_(torch.as_tensor(w))
-        watch = _Widen(self.originals)
+        watch = _Widen(self.originals, draws.uniform)
         with (
             kept_random_states(),
             isolated_global_hooks(),
-            seeded(seed),
+            seeded(draws.seed),
             torch.compiler.set_stance("force_eager"),
             _in_double(watch),
         ):
-            torch.manual_seed(seed)
+            torch.manual_seed(draws.seed)
             before = _states()
             try:
                 args, kwargs = copy_converted(self.inputs, _double)
@@ -125,27 +133,32 @@ class _Copy:
                 ) from error
             return _Run(model, output_tensors(out), watch.calls, _states() != before)
 
-    def seeds(self, training: bool, weights: Arrays, seed: int) -> list[int]:
-        """One for every sequence of calls that some seeds find in a model that draws random numbers."""
-        ways: dict[tuple[str, ...], int] = {}
+    def ways(self, training: bool, weights: Arrays, seed: int) -> list[_Draws]:
+        """One for every sequence of calls that some draws find in a model that draws random numbers."""
+        found: dict[tuple[str, ...], _Draws] = {}
         for s in range(seed, seed + _SEEDS):
-            run = self.run(training, s, weights)
-            ways.setdefault(tuple(run.calls), s)
+            run = self.run(training, _Draws(s), weights)
+            found.setdefault(tuple(run.calls), _Draws(s))
             if not run.drew:
-                break
-        return list(ways.values())
+                return list(found.values())
+        for x in EXTREMES:  # which seeds find rarely
+            with suppress(ValueError):
+                run = self.run(training, _Draws(seed, x), weights)
+                if all(y.isfinite().all() for y in run.outputs):
+                    found.setdefault(tuple(run.calls), _Draws(seed, x))
+        return list(found.values())
 
-    def values(self, training: bool, seed: int, weights: Arrays) -> list[NDArray[Any]]:
+    def values(self, training: bool, draws: _Draws, weights: Arrays) -> list[NDArray[Any]]:
         """The outputs as NumPy arrays."""
-        return [y.detach().resolve_conj().resolve_neg().numpy() for y in self.run(training, seed, weights).outputs]
+        return [y.detach().resolve_conj().resolve_neg().numpy() for y in self.run(training, draws, weights).outputs]
 
-    def gradients(self, training: bool, seed: int, weights: Arrays) -> Arrays:
+    def gradients(self, training: bool, draws: _Draws, weights: Arrays) -> Arrays:
         """Of a random linear functional of the outputs; 0 if they have none."""
-        run = self.run(training, seed, weights)
-        generator = torch.Generator().manual_seed(seed)
+        run = self.run(training, draws, weights)
+        generator = torch.Generator().manual_seed(draws.seed)
         outputs = [y for y in run.outputs if y.requires_grad]
         functional = [torch.randn(y.shape, generator=generator, dtype=y.dtype) for y in outputs]
-        with _in_double(_Widen(self.originals)):  # checkpointed parts run again
+        with _in_double(_Widen(self.originals, draws.uniform)):  # checkpointed parts run again
             torch.autograd.backward(outputs, functional)
         parameters = dict(run.model.named_parameters())
         found = {n: parameters[self.inner[n]].grad for n in weights}
@@ -159,12 +172,12 @@ class _ReadsOriginal(Exception):
 class _Widen(TorchFunctionMode):
     """Whatever type of real numbers a model asks for, it gets float64. The calls that are seen are listed.
 
-    `originals` are the addresses of memory that a copy must not read.
+    `originals` are the addresses of memory that a copy must not read. `uniform` replaces random numbers.
     """
 
-    def __init__(self, originals: set[int]) -> None:
+    def __init__(self, originals: set[int], uniform: float | None) -> None:
         super().__init__()
-        self.originals = originals
+        self.originals, self.uniform = originals, uniform
         self.calls: list[str] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -177,7 +190,7 @@ class _Widen(TorchFunctionMode):
                 "views of them, through self"
             )
         args, kwargs = tree_map_only(torch.dtype, _wide, (args, kwargs or {}))
-        return func(*args, **kwargs)
+        return with_uniform(func(*args, **kwargs), self.calls[-1], self.uniform)
 
 
 @contextmanager

@@ -80,7 +80,7 @@ class Algebra:
     def equal_along(self, nodes: Nodes, dims: Iterable[int], otherwise: str = "among features") -> Nodes:
         """`nodes` with extent 1 along `dims`, which must be positions: one unit stands along them."""
         for d in dims:
-            if nodes.strides[d] and nodes.shape[d] > 1:
+            if varies(nodes, [d]):
                 raise NotUnderstood(otherwise)
             nodes = nodes[(slice(None),) * d + (slice(0, 1),)]
         return nodes
@@ -95,6 +95,11 @@ class Algebra:
         channels = self.read(nodes, dim)
         found = channels.per_feature
         return channels if self.is_pinned(found) else Features(self.net, (segment(found),))
+
+
+def varies(nodes: Nodes, dims: Iterable[int]) -> bool:
+    """Whether different nodes stand along one of `dims`."""
+    return any(nodes.strides[d] and nodes.shape[d] > 1 for d in dims)
 
 
 def along(nodes: Nodes, dim: int, shape: Sequence[int]) -> Nodes:

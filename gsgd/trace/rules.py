@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from gsgd.network import Residual
-from gsgd.trace.nodes import Algebra, Nodes, NotUnderstood, along, compact
+from gsgd.trace.nodes import Algebra, Nodes, NotUnderstood, along, compact, varies
 from gsgd.trace.weights import Labels, Weight, layer
 
 
@@ -80,35 +80,47 @@ def _has_several_units(on: Algebra, x: Nodes, dim: int) -> bool:
 
 
 def multiply(on: Algebra, a: Operand, b: Operand) -> Nodes:
-    """A product scales as one factor if the other is pinned. A parameter of one's own scales channels."""
+    """A product scales as one factor; the other is pinned. A vector of one's own scales channels."""
     p, q = pair(a.nodes, b.nodes)
     for gain, x in ((b, p), (a, q)):
         w = gain.weight
-        if w is None or not w.long or (a if gain is b else b).weight is not None:
+        if w is None or len(w.long) != 1 or (a if gain is b else b).weight is not None:
             continue
         labels = tuple(range(x.ndim))
         own = labels[x.ndim - len(w.dims) :]
-        rows = [own[d] for d in w.long]
+        channel = own[w.long[0]]
         if on.is_pinned(x):
-            return _from_one(on, w, on.fill((), int(x.flat[0])), rows, x.shape, "scale")
-        if [d for d in labels if x.strides[d] and x.shape[d] > 1] == rows and len(rows) == 1:
-            edges = layer(on, w, own, x, labels, rows, [x.shape[rows[0]]], "scale")
-            return along(edges, rows[0], x.shape)
+            return _from_one(on, w, on.fill((), int(x.flat[0])), [channel], x.shape, "scale")
+        if [d for d in labels if x.strides[d] and x.shape[d] > 1] == [channel]:
+            edges = layer(on, w, own, x, labels, [channel], [x.shape[channel]], "scale")
+            return along(edges, channel, x.shape)
         # another factor of the same units
     return _product(on, p, q)
 
 
 def divide(on: Algebra, a: Nodes, b: Nodes) -> Nodes:
-    """A quotient scales as what is divided if the divisor is pinned."""
-    return _product(on, *pair(a, b), divisor=True)
+    """A quotient scales as what is divided; the divisor is pinned."""
+    p, q = pair(a, b)
+    on.pin(q, "divides a feature")
+    return p
 
 
-def _product(on: Algebra, p: Nodes, q: Nodes, divisor: bool = False) -> Nodes:
+def normalize(on: Algebra, x: Nodes, gain: Operand) -> Nodes:
+    """A normalization over several dimensions, with a weight for every element."""
+    on.pin(x, "scale lost in normalization")
+    if gain.weight is None:
+        return on.fill(x.shape)
+    rows = [x.ndim - gain.ndim + d for d in gain.weight.long]
+    return _from_one(on, gain.weight, on.fill(()), rows, x.shape, "norm")
+
+
+def _product(on: Algebra, p: Nodes, q: Nodes) -> Nodes:
+    """Of two features the one with fewer units is pinned."""
     x, y = compact(p, q)
-    fixed = [on.net.nodes.is_pinned(n) for n in (x, y)]
-    if not (fixed[1] if divisor else fixed[0] | fixed[1]).all():
-        raise NotUnderstood("by a feature")
-    return np.broadcast_to(np.where(fixed[1], x, y), p.shape)
+    if len(np.unique(x)) < len(np.unique(y)):
+        x, y = y, x
+    on.pin(y[~on.net.nodes.is_pinned(x)], "multiplies a feature")
+    return np.broadcast_to(np.where(on.net.nodes.is_pinned(x), y, x), p.shape)
 
 
 def choose(on: Algebra, *values: Nodes) -> Nodes:
@@ -160,7 +172,7 @@ def pad(on: Algebra, nodes: Nodes, dim: int, before: int, after: int) -> Nodes:
 def contract(
     on: Algebra, operands: Sequence[tuple[Operand, Labels]], labels: Labels, shape: Sequence[int], otherwise: str
 ) -> Nodes:
-    """The sum of products of values, with dimensions labelled as in einsum. All of them but one must be pinned.
+    """The sum of products of values, with dimensions labelled as in einsum. All of them but one are pinned.
 
     If one is a parameter of one's own, it is a layer that reads the other. Otherwise these are sums over positions,
     weighted by what is pinned: the values of attention, interpolation.
@@ -169,15 +181,22 @@ def contract(
         raise NotUnderstood("of this form")
     weights = [(x.weight, own) for x, own in operands if x.weight is not None]
     values = [(x.nodes, own) for x, own in operands if x.weight is None]
-    free = [(nodes, own) for nodes, own in values if not on.is_pinned(nodes)]
     if len(weights) > 1:
         raise NotUnderstood("of two parameters")
-    if len(free) > 1 or not (free or weights):
+
+    def summed(own: Labels) -> list[int]:
+        return [d for d, label in enumerate(own) if label not in labels]
+
+    free = [(nodes, own) for nodes, own in values if not on.is_pinned(nodes)]
+    passed = [i for i, (nodes, own) in enumerate(free) if weights or not varies(nodes, summed(own))]
+    if not (passed or weights):
         raise NotUnderstood(otherwise)
-    nodes, own = [*free, *values, (on.fill(()), ())][0]
+    nodes, own = free.pop(passed[-1]) if passed else [(on.fill(()), ()), *values][-1]
+    for other, _ in free:
+        on.pin(other, "multiplies a feature")
     for w, w_labels in weights:
         return layer(on, w, w_labels, nodes, own, labels, shape)
-    nodes = on.equal_along(nodes, [d for d, label in enumerate(own) if label not in labels], otherwise)
+    nodes = on.equal_along(nodes, summed(own))
     kept = [label for label in labels if label in own]
     nodes = nodes.transpose([own.index(label) for label in (*kept, *(n for n in own if n not in labels))])
     view = [nodes.shape[kept.index(label)] if label in kept else 1 for label in labels]

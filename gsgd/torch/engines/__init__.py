@@ -13,7 +13,7 @@ from gsgd.network import Network
 from gsgd.torch.engines.array import ArrayEngine
 from gsgd.torch.engines.base import Engine, EngineName, Tensors, Unsupported, as_real
 from gsgd.torch.engines.core import CoreEngine
-from gsgd.torch.engines.sharded import ShardedArrayEngine, ShardedCoreEngine
+from gsgd.torch.engines.sharded import ShardedArrayEngine, ShardedCoreEngine, ShardedTritonEngine
 from gsgd.torch.shards import any_sharded
 
 __all__ = [
@@ -50,14 +50,7 @@ def choose(
     ValueError
         The parameters are on several devices, or the engine can't take them: it says why.
     """
-    outside = _outside_of_core(tensors)
-    if engine == "core" and outside is not None:
-        raise ValueError(f"engine 'core': takes float32 and float64 parameters on the CPU, {outside}")
-    if any_sharded(tensors):
-        if engine == "triton":
-            raise ValueError("engine: expected 'auto', 'core' or 'array' for sharded parameters, got 'triton'")
-        on_arrays = engine == "array" or outside is not None
-        return (ShardedArrayEngine if on_arrays else ShardedCoreEngine)(net, coordinates, tensors)
+    sharded = any_sharded(tensors)
     devices = {p.device for p in tensors.values()}
     if len(devices) > 1:
         raise ValueError(f"expected all parameters on one device, got {sorted(map(str, devices))}")
@@ -66,15 +59,20 @@ def choose(
         try:
             from gsgd.torch.engines.triton import TritonEngine
 
-            return TritonEngine(net, coordinates, tensors)
+            return (ShardedTritonEngine if sharded else TritonEngine)(net, coordinates, tensors)
         except (ImportError, Unsupported) as error:
             why = f"triton {error}"
             if engine == "triton":
                 raise ValueError(f"engine 'triton': {error}") from None
+    outside = _outside_of_core(tensors)
+    if engine == "core" and outside is not None:
+        raise ValueError(f"engine 'core': takes float32 and float64 parameters on the CPU, {outside}")
     if engine == "array" or outside is not None:
-        found = ArrayEngine(net, coordinates, tensors)
-        found.why = why
+        found = (ShardedArrayEngine if sharded else ArrayEngine)(net, coordinates, tensors)
+        found.why = why or found.why
         return found
+    if sharded:
+        return ShardedCoreEngine(net, coordinates, tensors)
     return CoreEngine(net, coordinates, tensors, plan)
 
 
