@@ -1,7 +1,8 @@
 """A step on sharded weights, against AdamW on the same shards: ``sharded.py``, which starts 1, 2 and 4 processes.
 
-Ours is made of array operations. The model is a perceptron of layers of equal width; every process has one thread. Times are medians over steps of the
-slowest process, and only their ratios are told, with what is sent and what every process holds.
+Ours is made of array operations. The model is a perceptron of layers of equal width; every process has one thread.
+Times are medians over steps of the slowest process, and only their ratios are told, with what is sent and what every
+process holds.
 """
 
 from __future__ import annotations
