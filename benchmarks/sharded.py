@@ -1,8 +1,7 @@
 """A step on sharded weights, against AdamW on the same shards: ``sharded.py``, which starts 1, 2 and 4 processes.
 
-Ours is made of array operations. The model is a perceptron of layers of equal width; every process has one thread.
-Times are medians over steps of the slowest process, and only their ratios are told, with what is sent and what every
-process holds.
+The model is a perceptron of layers of equal width; every process has one thread. Times are medians over steps of the
+slowest process, and only their ratios are told, with what is sent and what every process holds.
 """
 
 from __future__ import annotations
@@ -64,7 +63,7 @@ def work(meet: str, rank: int, world: int) -> None:
     for layer in model:
         fully_shard(layer, mesh=mesh)
     model(torch.rand(8, WIDTH)).square().mean().backward()
-    ours = gsgd.torch.GAdam(model, lr=1e-6, network=network, engine="array")  # as on devices
+    ours = gsgd.torch.GAdam(model, lr=1e-6, network=network)
     theirs = torch.optim.AdamW(model.parameters(), lr=1e-6)
     for opt in (ours, theirs):
         opt.step()
