@@ -36,9 +36,9 @@ class GSGD(PathOptimizer):
 
     Notes
     -----
-    Float32 and float64 tensors on the CPU are updated in place by the C core, whatever their strides, without copies;
-    those on CUDA by Triton kernels; all others take the same step in array operations on their device. Sharded
-    parameters take it on the part that each process holds. `step` does not wait for a device.
+    Float32 and float64 tensors on the CPU are updated by the C core in place, without copies, on the strides that
+    they have, others on CUDA by Triton's kernels. All else, sharded parameters too, takes the same step in array
+    operations on its device. `step` does not wait for a device.
 
     A complex parameter that is trained takes the plain step, as with torch's optimizer, and pins the units that it
     meets. Parameters of integers and booleans stay as they are.
