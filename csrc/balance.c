@@ -87,7 +87,7 @@ static void set_log(balance *s, int64_t u, double t) {
     s->down[u] = exp(-2 * t);
 }
 
-/* Sums of w^2 over the in-edges and over the out-edges of a layer's units, from which a unit's own minimum.
+/* Sums of w^2 over the in-edges and over the out-edges of a layer's units: they give each unit's own minimum.
  */
 static void sum_layer(balance *s, ptrdiff_t layer) {
     for (ptrdiff_t n = s->members.start[layer]; n < s->members.start[layer + 1]; ++n)
@@ -260,7 +260,7 @@ static double find_scale(balance *s) {
     return left;
 }
 
-/* Number the layers; each unit's. */
+/* Number the layers, and find that of each unit. */
 static void number_layers(balance *s, ptrdiff_t *number) {
     ptrdiff_t blocks = s->plan->blocks;
     for (int64_t u = -1; u < s->plan->units; ++u)
@@ -299,7 +299,7 @@ static void list_layers(const balance *s, int dim, lists *to, ptrdiff_t *seen) {
     to->start[s->plan->blocks] = n;
 }
 
-/* From lists i -> values below `values` to lists value -> those i, in order. */
+/* Turn lists i -> values, which are below `values`, into lists value -> i, in order. */
 static void invert(const lists *from, ptrdiff_t count, ptrdiff_t values, lists *to) {
     memset(to->start, 0, (size_t)(values + 2) * sizeof *to->start);
     for (ptrdiff_t n = 0; n < from->start[count]; ++n)

@@ -27,7 +27,7 @@ static void *pass_gate(void *gate) {
     return NULL;
 }
 
-/* Start up to `wanted` threads that all wait at the gate; the last opens it. The number of them. */
+/* Start up to `wanted` threads that all wait at the gate; the last opens it. Returns how many. */
 static inline int start_threads(int wanted, pthread_mutex_t *gate) {
     pthread_t thread;
     if (wanted <= 0 || pthread_create(&thread, NULL, pass_gate, gate) != 0) {
@@ -71,15 +71,15 @@ static inline ptrdiff_t next_piece(atomic_ptrdiff_t *counter) {
     return atomic_fetch_add_explicit(counter, 1, memory_order_relaxed);
 }
 
-/* What some work that is done again and again has taught about its threads; zero at first.
+/* What the repetitions of some work have taught about its threads; zero at first.
  *
- * Threads wait for each other, and one whose core another process has makes all others wait, for longer than
- * it would have saved. So several threads are used on credit. Against the time that one thread needs, several
- * earn what they save and spend what they lose, and each time that one thread works alone earns a 32nd of it:
- * enough for another try now and then. One thread is measured again after every 64 such times that several
- * have had; the time follows shorter ones at once and longer ones slowly, which may be accidents. The limits
- * of the credit are 32 times to lose after good ones, and 2^15 to wait after bad ones. Results never depend
- * on any of this. */
+ * Threads wait for each other. One whose core is taken by another process makes all others wait for longer
+ * than they would have saved, so several threads work on credit. Compared with the time that one thread
+ * needs, they earn what they save and spend what they lose. Each time that one thread works alone, a 32nd of
+ * that is earned: enough for another try now and then. One thread is measured again once several have worked
+ * for 64 times as long. Its time follows shorter measurements at once, and longer ones, which may be
+ * accidents, slowly. In units of this time, the credit is at most 32 and at least -1024, so that after bad
+ * tries the next comes within 2^15 repetitions. Results never depend on any of this. */
 typedef struct {
     double one_thread; /* seconds that one thread needs */
     double credit;     /* seconds that several may still lose */

@@ -182,7 +182,7 @@ static void read_weights(const gsgd_plan *plan, double *gathered) {
     }
 }
 
-/* What else in-edges hold; and free edges leave the sums. */
+/* Read what else in-edges hold, and take free edges out of the sums. */
 static void read_trees(const gsgd_plan *plan, double *gathered) {
     const double *out_w = gathered + row_at(plan, GSGD_OUT_WEIGHT);
     double *sum = gathered + row_at(plan, GSGD_SUM), *in_g = gathered + row_at(plan, GSGD_IN_GRADIENT),

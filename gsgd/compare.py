@@ -17,14 +17,14 @@ Floats = NDArray[np.float64]
 
 
 class NotEquivalent(ValueError):
-    """Two sets of weights are no rescalings of each other.
+    """Two sets of weights are not rescalings of each other.
 
     Attributes
     ----------
     parameter : str
         Where they part first, in the order in which the network computes.
     unit : str or None
-        The unit that this parameter's entry leads to; None at the network's outputs and in parameters of no unit.
+        The unit that they lead into there; None at the network's outputs, and in parameters that meet no unit.
     """
 
     def __init__(self, message: str, parameter: str, unit: str | None) -> None:
@@ -33,7 +33,7 @@ class NotEquivalent(ValueError):
 
 
 def equivalence(a: Mapping[str, Any], b: Mapping[str, Any], net: Network, rtol: float = 1e-5) -> Floats:
-    """The scale per unit that carries the weights `a` to the weights `b`.
+    """The scale per unit that takes the weights `a` to the weights `b`.
 
     Two networks have the same path values and the same signs of free weights exactly when one is a positive rescaling
     of the other (the paper's theorems 3.3 and 3.6). No path value is computed, so that depth does no harm: unit by
@@ -57,9 +57,10 @@ def equivalence(a: Mapping[str, Any], b: Mapping[str, Any], net: Network, rtol: 
     Raises
     ------
     NotEquivalent
-        They are no rescalings of each other; it names the first unit where they part.
+        They are not rescalings of each other; the error names the first unit where they part.
     ValueError, TypeError
-        The parameters are not those of `net`, or its batch normalization is an approximation.
+        The parameters are not those of `net`, `rtol` is negative, or the network is an approximation of batch
+        normalization.
     """
     require_symmetry(net)
     if not rtol >= 0:

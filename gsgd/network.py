@@ -35,7 +35,12 @@ class Network:
 
     Every method that adds a layer takes and returns `Features`. Layers are named by their parameters.
     Network inputs and outputs, and whatever is given to `pin`, are *pinned*: never rescaled. A method that raises
-    leaves the network as it was; features of another network are a ValueError.
+    leaves the network as it was. `Features` of another network are a ValueError.
+
+    Attributes
+    ----------
+    nodes : Units
+        The nodes of all values, for tracers, which make, tie and pin them one by one.
 
     Examples
     --------
@@ -47,7 +52,7 @@ class Network:
     """
 
     def __init__(self) -> None:
-        self.nodes = Units()  # of all values, for tracers, which make, tie and pin them one by one
+        self.nodes = Units()
         self._operations: list[str | Sum] = []
         self._layers: dict[str, Layer] = {}
         self._writer: dict[int, str] = {}  # node -> the layer that made it
@@ -82,14 +87,16 @@ class Network:
     # layers: everything is checked before the first node is made, so that an error leaves the network as it was
 
     def input(self, channels: int, reason: str = "network input") -> Features:
-        """`channels` pinned channels: what the network reads (or what an operation that is not described makes).
+        """`channels` pinned channels: what the network reads, or what an operation that is not described returns.
+
+        `reason` says why they are pinned; `print` shows it.
 
         Raises
         ------
         ValueError
             `channels` is negative, or `reason` empty.
         TypeError
-            `channels` is no integer, or `reason` no string.
+            `channels` is not an integer, or `reason` is not a string.
         """
         channels = integer(channels, "input: channels", least=0)
         nodes = self.nodes.new(channels, text(reason, "input: reason"))
@@ -113,9 +120,9 @@ class Network:
         Raises
         ------
         ValueError
-            A name is described already; `features` or `x.count` is below 1; or `layout` is another.
+            A name is described already; `features` or `x.count` is below 1; or `layout` is unknown.
         TypeError
-            `x` is nothing that a layer returns, a name no string, or `features` no integer.
+            `x` is not `Features`, a name is not a string, or `features` is not an integer.
         """
         self._check_names(name, bias)
         self._check(x, name)
@@ -148,19 +155,19 @@ class Network:
         kernel : sequence of int, or int
             The spatial extents, at least 1 each; a number is the extent of a 1-d convolution.
         groups : int
-            Both `features` and the channels of `x` must be multiples.
+            Both `features` and the channels of `x` must be multiples of it.
         layout : str
             "oihw": ``(features, channels / groups, *kernel)``; "hwio": ``(*kernel, channels / groups, features)``;
             "iohw": ``(channels, features / groups, *kernel)``, a transposed convolution. The spatial letters
-            stand for however many `kernel` has.
+            stand for however many extents `kernel` has.
 
         Raises
         ------
         ValueError
             A name is described already; an extent is below 1; `groups` does not divide both; `x` is flattened; or
-            `layout` is none of these.
+            `layout` is unknown.
         TypeError
-            `x` is nothing that a layer returns, a name no string, or an extent no integer.
+            `x` is not `Features`, a name is not a string, or an extent is not an integer.
         """
         self._check_names(name, bias)
         cols = self._channels(x, name)
@@ -199,6 +206,7 @@ class Network:
         kind : str
             What it is called in tables: "dense", "bias", "scale".
         shape : tuple of int
+            That of the parameter.
         *parts : Part
             They cover the parameter, one after the other along one axis.
 
@@ -218,7 +226,7 @@ class Network:
         ValueError
             `name` is described already, or `x` is flattened.
         TypeError
-            `x` is nothing that a layer returns, or `name` no string.
+            `x` is not `Features`, or `name` is not a string.
         """
         self._check_names(name)
         self._source_layer(name, "bias", self._channels(x, name))
@@ -227,15 +235,15 @@ class Network:
     def homogeneous(self, x: Features) -> Features:
         """Any map f of single channels with f(c x) = c f(x) for c > 0: it passes units through.
 
-        `relu`, `max_pool` and the others like them are this method by another name: they take no options (no slope,
-        no kernel size), since units do not depend on these.
+        `relu`, `max_pool` and the like are other names of this method. They take no options, such as a slope or a
+        kernel size, since units do not depend on these.
 
         Raises
         ------
         ValueError
             `x` belongs to another network.
         TypeError
-            `x` is nothing that a layer returns.
+            `x` is not `Features`.
         """
         self._check(x, "homogeneous")
         return x
@@ -248,12 +256,14 @@ class Network:
     ) -> Features:
         """Channels seen at `positions` places, as one vector of ``x.count * positions`` features.
 
+        `order` "channels_first": all places of a channel lie side by side; "channels_last": all channels of a place.
+
         Raises
         ------
         ValueError
-            `x` is flattened already, `positions` is below 1, or `order` is another.
+            `x` is flattened already, `positions` is below 1, or `order` is unknown.
         TypeError
-            `x` is nothing that a layer returns, or `positions` no integer.
+            `x` is not `Features`, or `positions` is not an integer.
         """
         if order not in ("channels_first", "channels_last"):
             raise ValueError(f"order {order!r}: expected 'channels_first' or 'channels_last'")
@@ -262,17 +272,17 @@ class Network:
         return Features(self, ((nodes, positions, order if positions > 1 else "channels_first"),))
 
     def add(self, *xs: Features, residual: Residual = "tie") -> Features:
-        """Add features of equal shape.
+        """The sum of features `xs` of equal count.
 
-        ``residual="tie"`` makes one unit of the channels that are added: scaling all writers by c and all readers
-        by 1/c is exact. ``"pin"`` pins them, as the paper does (section 10.2).
+        ``residual="tie"`` makes one unit of the channels that are added (METHOD.md, section 1): multiplying all that
+        writes them by c, and all that reads them by 1/c, is exact. "pin" pins them, as the paper does (section 10.2).
 
         Raises
         ------
         ValueError
-            Counts differ, or `residual` is another.
+            Counts differ, or `residual` is unknown.
         TypeError
-            An argument is nothing that a layer returns.
+            An argument is not `Features`.
         """
         if residual not in ("tie", "pin"):
             raise ValueError(f"residual {residual!r}: expected 'tie' or 'pin'")
@@ -296,14 +306,14 @@ class Network:
         return Features(self, tuple(segments))
 
     def concat(self, *xs: Features) -> Features:
-        """Features side by side.
+        """The features `xs` side by side.
 
         Raises
         ------
         ValueError
             There is no argument.
         TypeError
-            An argument is nothing that a layer returns.
+            An argument is not `Features`.
         """
         if not xs:
             raise ValueError("concat: expected at least one argument")
@@ -321,7 +331,7 @@ class Network:
         ValueError
             `features` is neither a slice nor a list of indices of `x`.
         TypeError
-            `x` is nothing that a layer returns.
+            `x` is not `Features`.
         """
         self._check(x, "take")
         expected = f"take: expected a slice or a list of indices of {x.count} features"
@@ -348,18 +358,18 @@ class Network:
             Its parameters gamma and beta, of shape ``(channels,)``.
         mode : str
             "exact": the scale of `x` is lost in the normalization, so its units are pinned, and gamma and beta are
-            the in-edges of the unit that follows: a symmetry in training and evaluation. "paper" (equation 30):
-            units pass through and the layer before is given gradients times the norm of each row; gamma and beta
-            are left to plain SGD. "released": as the authors' released code does, the norm over input channels
-            only, and raw gradients in the sums. The last two are approximations, no symmetry.
+            the in-edges of the units that follow: a symmetry in training and in evaluation. "paper" (equation 30):
+            units pass through, and the gradients of the layer before are multiplied by the norm of each row; gamma
+            and beta take plain steps. "released": as in the authors' code, by the norm over input channels only, with
+            raw gradients in the sums. The last two are approximations, not symmetries.
 
         Raises
         ------
         ValueError
-            A name is described already; `x` is flattened; `mode` is another; or, unless it is "exact", `x` is not the
+            A name is described already; `x` is flattened; `mode` is unknown; or it is not "exact", and `x` is not the
             output of a dense or convolution layer.
         TypeError
-            `x` is nothing that a layer returns, or a name no string.
+            `x` is not `Features`, or a name is not a string.
         """
         self._check_names(weight, bias)
         nodes = self._channels(x, "batch_norm")
@@ -390,7 +400,7 @@ class Network:
         ValueError
             A name is described already, or `x` is flattened.
         TypeError
-            `x` is nothing that a layer returns, or a name no string.
+            `x` is not `Features`, or a name is not a string.
         """
         self._check_names(weight, bias)
         return self._normalized(self._channels(x, "norm"), weight, bias, "normalization")
@@ -414,7 +424,7 @@ class Network:
         ValueError
             `name` is described already, `x` is flattened, or it has no channels.
         TypeError
-            `x` is nothing that a layer returns, or `name` no string.
+            `x` is not `Features`, or `name` is not a string.
         """
         self._check_names(name)
         cols = self._channels(x, name)
@@ -431,7 +441,7 @@ class Network:
         ValueError
             `reason` is empty.
         TypeError
-            `x` is nothing that a layer returns, or `reason` no string.
+            `x` is not `Features`, or `reason` is not a string.
         """
         self._check(x, "pin")
         self.nodes.pin(x.per_feature, text(reason, "pin: reason"))
@@ -445,7 +455,7 @@ class Network:
         ValueError
             `x` belongs to another network.
         TypeError
-            `x` is nothing that a layer returns.
+            `x` is not `Features`.
         """
         self.pin(x, "network output")
 
@@ -456,7 +466,7 @@ class Network:
         *,
         layout: Literal["oi", "io"] = "oi",
     ) -> Network:
-        """The chain that a list or dict of dense and convolution weights describes.
+        """A chain of dense and convolution layers with ReLUs between them, from its weights or their shapes.
 
         Parameters
         ----------
@@ -469,8 +479,8 @@ class Network:
         Raises
         ------
         ValueError
-            There is no weight, a shape is none of a weight, a layer does not read what the one before writes, or
-            `layout` is another.
+            There is no weight, a shape is not that of a weight, a layer does not read what the one before writes, or
+            `layout` is unknown.
         TypeError
             A value is neither an array nor a shape.
         """
@@ -490,9 +500,9 @@ class Network:
         Raises
         ------
         ValueError
-            The network describes no such parameter, or there is no reason.
+            The network describes no such parameter, or `reason` is empty.
         TypeError
-            `reason` is no string.
+            `reason` is not a string.
         """
         text(reason, "without: reason")
         net, names = copy.deepcopy(self), list(dict.fromkeys(names))
@@ -507,13 +517,13 @@ class Network:
         return net
 
     def add_plain(self, names: Iterable[str], reason: str = "") -> None:
-        """Note parameters beside the network, which take plain steps; a reason that is known already stays."""
+        """Note that the parameters `names`, which are not described, take plain steps; a known `reason` stays."""
         for name in names:
             self._plain.setdefault(name, reason)
 
     @property
     def plain(self) -> dict[str, str]:
-        """Parameters that are known and not described, which take plain steps, and the reason ("" where unknown)."""
+        """Parameters that are known but not described, which take plain steps, and the reason, "" where unknown."""
         return dict(self._plain)
 
     def is_written(self, x: Features) -> bool:
@@ -521,7 +531,7 @@ class Network:
         return self._writer.keys() >= set(x.per_feature.tolist())
 
     def pin_unmet(self) -> None:
-        """Pin the units that no layer reads or that none writes, of a network that was traced."""
+        """Pin the units that no layer reads or that none writes, for tracers."""
         compiled = self._compile()
         unmet: tuple[tuple[Literal["rows", "cols"], str], ...] = (("cols", "never read"), ("rows", "never written"))
         for attribute, reason in unmet:
@@ -636,7 +646,7 @@ class Network:
 
     @property
     def invariant_ratio(self) -> float:
-        """H / m, a share (the paper's section 3.2); 0 for a network without weights.
+        """H / m, a number from 0 to 1 (the paper's section 5.2); 0 for a network without weights.
 
         Raises
         ------

@@ -31,11 +31,11 @@ Parameters are any pytree. The network names its leaves by their key paths, join
 Leaves that the network does not mention take the plain steps of SGD, Adam or RMSProp; parameters that `optax.masked` or
 `optax.multi_transform` keeps from a transformation pin the units that they meet.
 
-An update is the difference of new and old weights, so these transformations belong at the end of `optax.chain`
-(nothing that changes updates, after) and `update` must be given `params`. Weights that never move
-(the skeleton's out-edges) have updates of exactly 0; at the others `params + updates` rounds once more than the step
-itself. Per-unit numbers are computed in float64 in JAX's x64 mode and in float32 without it, all else in the types of
-the parameters, bfloat16 included.
+An update is the difference of new and old weights, so these transformations belong at the end of `optax.chain`, with
+nothing after them that changes updates, and `update` must be given `params`. Weights that never move (the skeleton's
+out-edges) have updates of exactly 0; at the others `params + updates` rounds once more than the step itself.
+Per-unit numbers are computed in float64 in JAX's x64 mode and in float32 without it, all else in the types of the
+parameters, bfloat16 included.
 
 Where a gradient or a path ratio is not finite, updates are 0 and the state stays as it is, its `count` included, and
 `skipped` counts one more: raising an error would mean waiting for the device.
@@ -87,7 +87,7 @@ class State(NamedTuple):
     count, clamped, skipped : int arrays
         Counts of steps taken, of path ratios that were limited, and of steps left out because something was not finite.
     reference : dict of one Trees to its Reference
-        As a key the skeleton is no leaf, but has a name: what restores arrays by their names into a state of another
+        As a key the skeleton is not a leaf, but has a name: whatever restores arrays by name into a state of another
         skeleton (Orbax, Flax's serialization) finds none.
     m, v : pytrees like the parameters, or None
         First and second moments of the coordinates' gradients.
@@ -126,10 +126,10 @@ def gsgd(
     Raises
     ------
     ValueError, TypeError
-        A hyperparameter is out of its range, or no number, or `network` is an approximation of batch normalization.
+        A hyperparameter is out of its range, or not a number, or `network` is an approximation of batch normalization.
         In `init`: parameters of the network are missing, of another shape, or not floating point. In `update`:
-        `params` are missing, parameters or gradients are of other shapes than in `init`, or the state is another
-        transformation's.
+        `params` are missing, parameters or gradients are of other shapes than in `init`, or the state is that of
+        another transformation.
     """
     make = partial(SGD, momentum=_or_zero(momentum), nesterov=nesterov, weight_decay=weight_decay)
     return _transformation(learning_rate, network, make, scale, rule, max_ratio, clip_norm)
@@ -229,8 +229,8 @@ def join(state: Tree, params: Tree) -> Tree:
     """`state` after units have joined that waited for weights which were exactly 0, such as LoRA's.
 
     Where no path of non-zero weights passes a unit, `init` gives it no coordinates, and its weights take plain steps.
-    Call this between steps, outside of `jax.jit`, after a few of them and again later: PyTorch's optimizers look after
-    1, 2, 4, 8, ... steps. Units all of whose weights have become non-zero then join, with the weights of that moment as
+    Call this between steps, outside `jax.jit`, after a few steps and again later: PyTorch's optimizers look after 1, 2,
+    4, 8, ... steps. Units all of whose weights have become non-zero then join, with the weights of that moment as
     their scale. The skeleton is static: a step that is given the new state is compiled anew.
 
     Parameters
@@ -252,7 +252,7 @@ def join(state: Tree, params: Tree) -> Tree:
     """
 
     def zero(moments: Tree, places: list[list[tuple[int, ...]]]) -> Tree:
-        """They were of other coordinates."""
+        """These moments were of other coordinates."""
         if moments is None:
             return None
         structure: Any = jax.tree.structure(moments)

@@ -21,9 +21,16 @@ from gsgd.waiting import is_due, join
 
 @dataclass
 class Stats:
-    """Counts since construction: steps; path ratios that `max_ratio` limited; and steps that were left out.
+    """Counts since construction.
 
-    Where no error is raised, a step that is not finite is left out.
+    Attributes
+    ----------
+    steps : int
+        Steps that were taken.
+    clamped : int
+        Path ratios that `max_ratio` limited.
+    skipped : int
+        Steps that were left out because something was not finite, where that is not an error.
     """
 
     steps: int = 0
@@ -94,7 +101,13 @@ class _PathOptimizer:
 
     @property
     def lr(self) -> float:
-        """The learning rate of the next step; assign to it for a schedule. Anything but a number >= 0 is an error."""
+        """The learning rate of the next step; assign to it for a schedule.
+
+        Raises
+        ------
+        ValueError, TypeError
+            What is assigned is not a finite number >= 0.
+        """
         return float(self._method.lr)
 
     @lr.setter
@@ -103,7 +116,13 @@ class _PathOptimizer:
 
     @property
     def weight_decay(self) -> float:
-        """The coefficient of basis-path regularization; it can be assigned."""
+        """The coefficient of basis-path regularization (the paper's section 11.5); it can be assigned.
+
+        Raises
+        ------
+        ValueError, TypeError
+            What is assigned is not a finite number >= 0.
+        """
         return float(self._method.weight_decay)
 
     @weight_decay.setter
@@ -116,14 +135,14 @@ class _PathOptimizer:
         Parameters
         ----------
         grads : mapping of str to array
-            The gradient of every parameter, of its shape and dtype: any framework's CPU arrays, any strides. Read only.
+            The gradient of every parameter, of its shape and dtype: any framework's CPU arrays, any strides; only read.
 
         Raises
         ------
         ValueError
             A gradient is missing, of another shape than its parameter, or lies over a parameter in memory.
         TypeError
-            A gradient is of another dtype than its parameter, or no array on the CPU.
+            A gradient is of another dtype than its parameter, or not an array on the CPU.
         FloatingPointError
             A gradient or a path ratio is not finite; a learning rate so large that ordinary weights overflow is
             noticed at the step after. The weights and the state stay as they were after every error.
@@ -180,7 +199,7 @@ class _PathOptimizer:
         """Hyperparameters, skeleton, reference scale and moments: copies, of plain Python and NumPy types.
 
         With H = ``net.num_units``: "in_edges" and "out_edges" of shape (H, 2); "in_weights", "out_weights" and "c" of
-        shape (H,), see `gsgd.coordinates.Coordinates`; "m" and "v", by name of the shapes of the parameters, or None.
+        shape (H,), see `gsgd.coordinates.Coordinates`; "m" and "v", by name, of the parameters' shapes, or None.
         """
         moments = {
             key: None if found[0] is None else {n: np.array(x) for n, x in zip(self._arrays, found, strict=True)}
@@ -242,13 +261,13 @@ class GSGD(_PathOptimizer):
     lr : float
         Learning rate, >= 0. Assign to it for a schedule.
     momentum : float
-        Of the coordinates x of METHOD.md, section 4, >= 0.
+        On the coordinates x of METHOD.md, section 4; >= 0.
     nesterov : bool
         Whether the momentum is Nesterov's.
     weight_decay : float
         Acts on ordinary paths only: basis-path regularization (Zheng et al., 2018; the paper's section 11.5).
     scale : {"balanced", "initial", "ones"}
-        On what scale path values are measured. "balanced": that of the rescaling with the least sum of squares, so
+        The scale on which path values are measured. "balanced": that of the rescaling with the least sum of squares, so
         that training does not depend on the scale of the start. "initial": that of the weights as they are. "ones": the
         paper's, which overwrites every skeleton weight by 1 (section 11.2). Only "ones" changes weights here.
     rule : {"modulo", "largest"}
@@ -272,7 +291,7 @@ class GSGD(_PathOptimizer):
     Raises
     ------
     TypeError
-        A parameter is no writable float32 or float64 array on the CPU, `net` is no Network, or a hyperparameter is no
+        A parameter is not a float32 or float64 array on the CPU, `net` is not a Network, or a hyperparameter is not a
         number.
     ValueError
         A parameter is missing, of another shape than in `net`, read-only, not finite, or shares memory with another;
@@ -306,21 +325,22 @@ class GSGD(_PathOptimizer):
 
 
 class GAdam(_PathOptimizer):
-    """Adam on the values of basis paths: the moments are those of dl/dx, so that no rescaling changes them.
+    """Adam on the values of basis paths: its moments are of dl/dx (METHOD.md, section 4), which no rescaling changes.
 
     Parameters
     ----------
     params, net, scale, rule, threads, max_ratio, clip_norm, backend
         See `GSGD`.
     lr : float
+        Learning rate, >= 0.
     betas : (float, float)
         Decay rates of the first and the second moment, in [0, 1).
     eps : float
         Added to the root of the second moment.
     weight_decay : float
-        Of the coordinates of ordinary paths.
+        On ordinary paths only, as in `GSGD`.
     decoupled : bool
-        Whether it is AdamW's (the default) or added to the gradient, as in Adam.
+        Whether weight decay is AdamW's (the default) or added to the gradient, as in Adam.
 
     Raises
     ------
@@ -346,19 +366,20 @@ class GAdam(_PathOptimizer):
 
 
 class GRMSprop(_PathOptimizer):
-    """RMSProp on the values of basis paths: the moments are those of dl/dx, so that no rescaling changes them.
+    """RMSProp on the values of basis paths: its moments are of dl/dx (METHOD.md, section 4), that no rescaling changes.
 
     Parameters
     ----------
     params, net, scale, rule, threads, max_ratio, clip_norm, backend
         See `GSGD`.
     lr : float
+        Learning rate, >= 0.
     alpha : float
         Decay rate of the second moment, in [0, 1).
     eps : float
         Added to the root of the second moment.
     weight_decay : float
-        Of the coordinates of ordinary paths, added to the gradient.
+        On ordinary paths only, added to the gradient.
     momentum : float
         Of the steps, >= 0.
 

@@ -32,7 +32,7 @@ def _of_cols(block: Block, x: Floats) -> Floats:
 
 
 def rescale(params: Mapping[str, Any], net: Network, scales: Any) -> None:
-    """Apply a positive scaling operator in place (definition 3.1): the function stays the same.
+    """Apply a positive scaling operator in place (the paper's definition 3.1): the function stays the same.
 
     Parameters
     ----------
@@ -41,6 +41,15 @@ def rescale(params: Mapping[str, Any], net: Network, scales: Any) -> None:
     net : Network
     scales : array, shape (net.num_units,)
         Positive and finite, in the order of ``net.units``.
+
+    Raises
+    ------
+    ValueError
+        `scales` are of another shape, not positive or not finite; a parameter is missing, of another shape than in
+        `net`, or read-only; a weight would overflow or underflow; or the network is an approximation of batch
+        normalization. Nothing has changed.
+    TypeError
+        A parameter is not a float32 or float64 array on the CPU.
     """
     require_symmetry(net)
     arrays = check_parameters(params, net)
@@ -64,7 +73,9 @@ def rescale(params: Mapping[str, Any], net: Network, scales: Any) -> None:
 
 
 def balance(params: Mapping[str, Any], net: Network, norm: Literal[2, "max"] = 2) -> None:
-    """Rescale in place so that every unit's weights in and out have equal norms: the function stays the same.
+    """Rescale in place so that the weights into and out of every unit have equal norms: the function stays the same.
+
+    Units that no path of non-zero weights passes are left as they are.
 
     Parameters
     ----------
@@ -72,16 +83,14 @@ def balance(params: Mapping[str, Any], net: Network, norm: Literal[2, "max"] = 2
         Weights, changed in place.
     net : Network
     norm : {2, "max"}
-        2: the representative of least sum of squares, which is unique (METHOD.md, section 4). "max": the largest
-        magnitudes in and out are equal, to one part in 10^5: cross-layer equalization, before weights are quantized
-        (Nagel et al., 2019).
+        2: the rescaling of least sum of squares, which is unique (METHOD.md, section 4). "max": the largest magnitudes
+        in and out are equal, to one part in 10^5: cross-layer equalization, before weights are quantized (Nagel et al.,
+        2019).
 
     Raises
     ------
-    ValueError
-        `norm` is another, the network is an approximation, or a weight would overflow or underflow.
-
-    Units that no path of non-zero weights passes are left as they are.
+    ValueError, TypeError
+        `norm` is unknown; otherwise as in `rescale`. Nothing has changed.
     """
     if norm not in (2, "max"):
         raise ValueError(f"norm: expected 2 or 'max', got {norm!r}")
@@ -132,17 +141,46 @@ def _path_sums(net: Network, powers: Mapping[str, Floats]) -> tuple[dict[int, tu
 def path_norm(params: Mapping[str, Any], net: Network, power: float = 2) -> float:
     """The sum over all paths of the product of ``|w| ** power`` (METHOD.md, section 8): no rescaling changes it.
 
-    Paths run from pinned sources (inputs and biases) to pinned destinations.
+    Paths run from pinned sources, such as inputs and biases, to pinned destinations.
+
+    Parameters
+    ----------
+    params : mapping of str to array
+        Weights, only read.
+    net : Network
+    power : float
+
+    Raises
+    ------
+    ValueError, TypeError
+        The parameters are not those of `net`.
     """
     arrays = check_parameters(params, net, writable=False)
     return _path_sums(net, {n: np.abs(a.astype(np.float64)) ** power for n, a in arrays.items()})[1]
 
 
 def symmetry_residual(params: Mapping[str, Any], grads: Mapping[str, Any], net: Network) -> Floats:
-    """How far gradients are from the symmetry: per unit |sum_in w g - sum_out w g|, relative; shape (H,).
+    """How far gradients are from the symmetry: |sum_in w g - sum_out w g| of every unit, relative.
 
     The sums over in-edges and out-edges of a unit are equal when `net` describes the model (METHOD.md, section 2):
-    then the residual is rounding. It is relative to the root of the sum of (w g)^2 over these edges.
+    then the residual is rounding.
+
+    Parameters
+    ----------
+    params, grads : mapping of str to array
+        Weights and their gradients, only read.
+    net : Network
+
+    Returns
+    -------
+    array, shape (H,)
+        Relative to the root of the sum of (w g)^2 over the unit's edges.
+
+    Raises
+    ------
+    ValueError, TypeError
+        The parameters are not those of `net`, the gradients are not those of the parameters, or the network is an
+        approximation of batch normalization.
     """
     require_symmetry(net)
     arrays = check_parameters(params, net, writable=False, others=True)
@@ -179,9 +217,16 @@ class PathSGD:
     Parameters
     ----------
     params : mapping of str to array
-        Weights, updated in place by `step`.
+        Writable float32 or float64 weights, updated in place by `step`.
     net : Network
     lr : float
+        Learning rate, >= 0.
+
+    Raises
+    ------
+    ValueError, TypeError
+        The parameters are not those of `net`, or overlap in memory; `lr` is not a finite number >= 0; or the network is
+        an approximation of batch normalization.
     """
 
     def __init__(self, params: Mapping[str, Any], net: Network, lr: float = 0.1) -> None:
@@ -192,7 +237,13 @@ class PathSGD:
 
     @property
     def lr(self) -> float:
-        """The learning rate of the next step; assign to it for a schedule."""
+        """The learning rate of the next step; assign to it for a schedule.
+
+        Raises
+        ------
+        ValueError, TypeError
+            What is assigned is not a finite number >= 0.
+        """
         return self._lr
 
     @lr.setter
@@ -200,7 +251,20 @@ class PathSGD:
         self._lr = non_negative("lr", value)
 
     def step(self, grads: Mapping[str, Any]) -> None:
-        """Update the weights; parameters that the network does not mention take a plain step."""
+        """Update the weights; parameters that the network does not mention take a plain step.
+
+        Parameters
+        ----------
+        grads : mapping of str to array
+            The gradient of every parameter, of its shape and dtype.
+
+        Raises
+        ------
+        ValueError, TypeError
+            A gradient is missing, or of another shape or dtype than its parameter.
+        FloatingPointError
+            A gradient or a step is not finite. Nothing has changed after any error.
+        """
         gradients = check_gradients(grads, self._arrays)
         for name, g in gradients.items():
             if not np.isfinite(g).all():

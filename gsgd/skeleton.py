@@ -156,14 +156,16 @@ class Skeleton:
     ----------
     net : Network
     params : mapping of str to array
-        float32 or float64 weights; read, not kept. What `net` does not mention is its own coordinate.
+        float32 or float64 weights; read, not kept. Every weight that `net` does not mention is a coordinate of its own.
     rule : {"modulo", "largest"}
         "modulo": row i takes column i mod columns as in-edge, column j takes row j mod rows as out-edge, centre tap
         (the paper's choice). "largest": the largest weight by magnitude. Both pass over exact zeros, take in-edges
         from the first layer that writes a unit and out-edges from the last that reads it.
     backend : {"c", "reference"}
+        The C core, or the readable specification.
     balanced : bool
-        Find the balanced scale, too, and choose the largest weights of the balanced network.
+        Find the balanced scale, too (METHOD.md, section 4); with "largest", choose by the weights of the balanced
+        network.
 
     Attributes
     ----------
@@ -171,6 +173,15 @@ class Skeleton:
         The balanced scale, if asked for; otherwise 1.
     in_edges, out_edges : tuples of (name, index), one per unit
         None for a unit that no path of non-zero weights passes: it is pinned.
+    edge_arrays : pair of int64 arrays, shape (H, 2)
+        The same as (block, entry in C order); block -1: none.
+
+    Raises
+    ------
+    ValueError
+        A parameter is missing, of another shape than in `net`, or not finite; or `rule` or `backend` is unknown.
+    TypeError
+        A parameter is not a float32 or float64 array on the CPU.
     """
 
     def __init__(
@@ -206,7 +217,13 @@ class Skeleton:
             self.__dict__.pop(name, None)
 
     def replace_edges(self, edges: tuple[NDArray[np.int64], NDArray[np.int64]], arrays: Arrays) -> None:
-        """Use these trees, (block, entry) per unit; ValueError when they are none."""
+        """Use the trees `edges`, laid out as `edge_arrays`, for the weights `arrays` (read, not kept).
+
+        Raises
+        ------
+        ValueError
+            They are not trees: an edge does not meet its unit, or following edges never ends.
+        """
         plan, _ = make_plan(self.net, arrays, self.backend)
         self._take(edges, plan)
 
@@ -235,7 +252,7 @@ class Skeleton:
         return dict.fromkeys(_pinned(self.net, self.edge_arrays[0]), "no path of non-zero weights passes")
 
     def warn_of_pinned(self, waiting: bool = False) -> None:
-        """Warn of units that the skeleton had to pin: training does not become free of their scale."""
+        """Warn of units that the skeleton had to pin: training depends on their scale; if `waiting`, for now."""
         warn_of_pinned(self.net, self.edge_arrays[0], waiting)
 
     @property
@@ -245,11 +262,11 @@ class Skeleton:
 
     @property
     def num_basis_paths(self) -> int:
-        """m - H."""
+        """m - H, with the H of `num_units`."""
         return self.net.num_weights - self.num_units
 
     def tree_weights(self, arrays: Mapping[str, NDArray[Any]]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """The weights of in-edges and of out-edges, (H,) each; 1 where there is none."""
+        """The weights, among `arrays`, of in-edges and of out-edges: shape (H,) each; 1 where there is none."""
         found = []
         for edges in self.edge_arrays:
             weights = np.ones(self.net.num_units)
@@ -260,7 +277,13 @@ class Skeleton:
         return found[0], found[1]
 
     def balanced_scale(self, params: Mapping[str, Any]) -> NDArray[np.float64]:
-        """c per unit, (H,): to the representative of least sum of squares; 1 for units that are pinned."""
+        """The balanced scale of `params` (METHOD.md, section 4): c per unit, shape (H,); 1 for units that are pinned.
+
+        Raises
+        ------
+        ValueError, TypeError
+            The parameters are not those of `net`.
+        """
         arrays = check_parameters(params, self.net, writable=False)
         plan = core_plan(self.net.blocks, arrays, self.net.num_units)
         plan.set_trees(*self.edge_arrays)
@@ -272,14 +295,33 @@ class Skeleton:
         return check_parameters(params, self.net, writable=False, others=True)
 
     def path_values(self, params: Mapping[str, Any]) -> Arrays:
-        """The value of the basis path that each weight owns: name -> float64 array; NaN where the weight is free."""
+        """The value of the basis path that each weight owns (METHOD.md, section 1).
+
+        Parameters
+        ----------
+        params : mapping of str to array
+            Weights, only read.
+
+        Returns
+        -------
+        dict of str to array
+            float64, of the shapes of `params`; NaN where the weight is free.
+
+        Raises
+        ------
+        ValueError, TypeError
+            The parameters are not those that the skeleton was made of.
+        """
         arrays = self._arrays(params)
         values = {name: np.full(a.shape, np.nan) for name, a in arrays.items()}
         self.plan.path_values(list(arrays.values()), list(values.values()), None)
         return values
 
     def log_path_values(self, params: Mapping[str, Any]) -> tuple[Arrays, Arrays]:
-        """Signs and logarithms of magnitudes of the path values, which underflow in deep networks."""
+        """Signs of path values, and logarithms of their magnitudes, for deep networks, where the values underflow.
+
+        Two dicts of arrays, of which each is as the one that `path_values` returns; `params` and errors are as there.
+        """
         arrays = self._arrays(params)
         signs = {name: np.full(a.shape, np.nan) for name, a in arrays.items()}
         logs = {name: np.full(a.shape, np.nan) for name, a in arrays.items()}
@@ -287,12 +329,23 @@ class Skeleton:
         return signs, logs
 
     def path_gradients(self, params: Mapping[str, Any], grads: Mapping[str, Any]) -> Arrays:
-        """The inverse chain rule (section 4.2): dl/dv, name -> float64 array; NaN where the weight is free.
+        """The inverse chain rule (the paper's section 4.2; METHOD.md, section 2): dl/dv of the path each weight owns.
 
-        Before a batch normalization that is treated as in the paper or its released code, by `batch_norm_gradients`.
+        Parameters
+        ----------
+        params, grads : mapping of str to array
+            Weights and their gradients, only read. Gradients of layers before a batch normalization that is treated as
+            in the paper, or as in its authors' code, are changed as METHOD.md says, section 5.
+
+        Returns
+        -------
+        dict of str to array
+            float64, of the shapes of `params`; NaN where the weight is free.
 
         Raises
         ------
+        ValueError, TypeError
+            The parameters or the gradients are not those that the skeleton was made of.
         FloatingPointError
             A gradient is not finite.
         """
@@ -307,9 +360,25 @@ class Skeleton:
         return out
 
     def allocate(self, params: Mapping[str, Any], ratios: Mapping[str, Any]) -> Arrays:
-        """Weight allocation (section 4.3): the weights whose basis paths are `ratios` times those of `params`.
+        """Weight allocation (the paper's section 4.3; METHOD.md, section 3): weights whose paths have new values.
 
-        Free weights keep their bits; `ratios` are not read there.
+        Parameters
+        ----------
+        params : mapping of str to array
+            Weights, only read.
+        ratios : mapping of str to array
+            What the basis path of each weight is multiplied by, in the shapes of `params`. Not read where it is free.
+
+        Returns
+        -------
+        dict of str to array
+            The weights, of the shapes and dtypes of `params`. Those that are free keep their bits.
+
+        Raises
+        ------
+        ValueError, TypeError
+            The parameters are not those that the skeleton was made of, or ratios are missing, of another shape, or not
+            finite.
         """
         arrays, free = self._arrays(params), self.free
         given = {}
@@ -326,10 +395,18 @@ class Skeleton:
         return out
 
     def enumerate_paths(self, limit: int = 100_000) -> NDArray[np.int8]:
-        """The structure matrix (section 3.2): weights by paths, 1 where the path uses the weight.
+        """The structure matrix (the paper's section 3.2), for small networks. Its rank is m - H (theorem 3.4).
 
-        For small networks: a ValueError when there are more than `limit` paths. Rows are weights in the order of
-        ``net.shapes``, each in C order; columns are all paths between pinned ends. Its rank is m - H.
+        Returns
+        -------
+        int8 array, shape (m, paths)
+            1 where the path uses the weight. Rows are weights in the order of ``net.shapes``, each in C order; columns
+            are all paths between pinned ends.
+
+        Raises
+        ------
+        ValueError
+            The network has more than `limit` paths.
         """
         net = self.net
         active = np.array([e is not None for e in self.in_edges] + [False])

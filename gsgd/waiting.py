@@ -1,4 +1,4 @@
-"""Units that no path of non-zero weights passes at the start, such as LoRA's, wait and join (METHOD.md, section 9)."""
+"""Units that no path of non-zero weights passes at the start, such as LoRA's, wait and join (METHOD.md, section 7)."""
 
 from __future__ import annotations
 

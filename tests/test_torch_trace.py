@@ -225,6 +225,7 @@ UNDERSTOOD: dict[str, tuple[Callable[[Between, Tensor], Tensor], int]] = {
     "padding by ones": (lambda m, x: F.pad(x, (1, 1), value=1.0), 0),
     "square": (lambda m, x: x * x, 0),
     "quotient": (lambda m, x: x / m.c(x), 8),
+    "quotient and its divisor": (lambda m, x: x / (h := m.c(x)) + h, 0),
     "rounded": (lambda m, x: torch.div(x, 0.3, rounding_mode="floor"), 0),
     "integers": (lambda m, x: x.to(torch.int64).to(x.dtype), 0),
     "mask": (lambda m, x: x * (x > 0.5), 0),

@@ -32,7 +32,7 @@ CALLING = {"checkpoint", "closed_call", "custom_jvp_call", "custom_vjp_call", "j
 
 
 def names(params: Any) -> list[str]:
-    """The names of the leaves of a pytree: their key paths, joined by dots.
+    """The names of the leaves of the pytree `params`, in its order: their key paths, joined by dots.
 
     Raises
     ------
@@ -67,7 +67,7 @@ def trace(
         ``lambda p, x: nnx.merge(graph, p, rest, copy=True)(x)`` (Flax NNX, after
         ``graph, params, rest = nnx.split(model, nnx.Param, ...)``), or
         ``lambda p, x: jax.vmap(eqx.combine(p, static))(x)`` (Equinox). All that it returns is pinned. What it closes
-        over is taken for constant.
+        over counts as constant.
     params : pytree of arrays
     example : array, pytree or tuple of these
         The inputs, a tuple for several. Only shapes and dtypes are used: `jax.ShapeDtypeStruct` will do.
@@ -80,13 +80,13 @@ def trace(
     Raises
     ------
     ValueError
-        `leave_out` names no parameter, or two parameters have the same name.
+        `leave_out` names no parameter, `residual` is unknown, or two parameters have the same name.
 
     Notes
     -----
-    Batch normalization in training mode comes out as `Network.batch_norm` describes it as "exact": the statistics
-    are not homogeneous, so that what they are taken of is pinned. What is seen is one forward pass: not a penalty on
-    weights in the loss, not the derivative that `jax.custom_vjp` puts in the place of another.
+    Batch normalization in training mode comes out as "exact", see `Network.batch_norm`: its statistics are not
+    homogeneous, so that what they are taken of is pinned. What is seen is one forward pass: not a penalty on
+    weights in the loss, not the derivative that `jax.custom_vjp` puts in place of another.
     """
     if residual not in ("tie", "pin"):
         raise ValueError(f"residual {residual!r}: expected 'tie' or 'pin'")

@@ -25,8 +25,8 @@ def verify(apply: Callable[..., Any], params: Any, net: Network, example: Any, s
     Parameters
     ----------
     apply, params, example
-        As for `trace`; `example` with values. All floating point arrays among them are taken to float64, under which
-        a function that casts to less can't be verified.
+        As for `trace`; `example` with values. All floating point arrays among them are taken to float64; a function
+        that casts to less can't be verified.
     net : Network
     seed : int
         Of the factors, the functional, and what `apply` draws from Python and NumPy.
@@ -34,7 +34,7 @@ def verify(apply: Callable[..., Any], params: Any, net: Network, example: Any, s
     Raises
     ------
     SymmetryError
-        It names the layers whose units break the symmetry, and how much.
+        The network is wrong: the error names the layers whose units break the symmetry, and by how much.
     ValueError
         `net` names parameters that are not in `params`, or of another shape; it is an approximation ("paper",
         "released"); or the outputs are not finite.

@@ -21,7 +21,7 @@ class GSGD(PathOptimizer):
         A module is traced and all its parameters are trained. Otherwise ``model.named_parameters()``, or dicts with
         "params" (of named parameters) and their own lr, momentum, nesterov, weight_decay, maximize.
     lr, momentum, nesterov, weight_decay, maximize
-        As in `torch.optim.SGD`, on the coordinates that `gsgd.GSGD` describes. `lr` may be a tensor of no dimensions.
+        As in `torch.optim.SGD`, on the coordinates of METHOD.md, section 4. `lr` may be a tensor of no dimensions.
     network : gsgd.Network, optional
         The network of named parameters. Parameters that it does not mention take plain SGD steps. A parameter that
         it mentions and that is not given, or does not require a gradient now, pins the units that it meets; one that
@@ -31,8 +31,8 @@ class GSGD(PathOptimizer):
     scale, rule, max_ratio, clip_norm, threads
         See `gsgd.GSGD`. `threads` is torch.get_num_threads() by default.
     engine : {"auto", "core", "array", "triton"}
-        What takes the steps: the C core (float32 and float64 on the CPU), array operations (any device), or kernels
-        of Triton. One that can't take the parameters is an error; "auto" is the fastest that can.
+        What takes the steps: the C core (float32 and float64 on the CPU), array operations (any device), or Triton
+        kernels (CUDA). One that can't take the parameters is an error; "auto" is the fastest that can.
 
     Notes
     -----
@@ -40,11 +40,11 @@ class GSGD(PathOptimizer):
     they have, others on CUDA by Triton's kernels; so is what a process holds of sharded parameters. All else takes the
     same step in array operations on its device. `step` does not wait for a device.
 
-    A complex parameter that is trained takes torch's own step, and pins the units that it meets. Parameters of integers
-    and booleans stay.
+    A complex parameter that is trained takes the plain step, as with torch's optimizer, and pins the units that it
+    meets. Parameters of integers and booleans stay as they are.
 
-    The skeleton and the reference scale are those of the weights at the first step. Where weights are replaced later
-    than that (but for rescalings), make a new optimizer.
+    The skeleton and the reference scale are those of the weights at the first step. If weights are replaced after
+    that, other than by a rescaling, make a new optimizer.
 
     A parameter whose gradient is None takes no step of its own: its paths keep their values, for which its weights
     may have to follow a unit that is rescaled.
@@ -52,10 +52,11 @@ class GSGD(PathOptimizer):
     Raises
     ------
     TypeError
-        A parameter is sparse or without values, `network` is no Network, or a hyperparameter is no number.
+        A parameter is sparse or without values, `network` is not a Network, or a hyperparameter is not a number.
     ValueError
-        Parameters are unnamed, given twice, not of `network`, on several devices or overlap in memory; a hyperparameter
-        or an option is out of its range; or options of tracing are given with ``network=``. Nothing has changed.
+        Parameters are unnamed, given twice, of other shapes than in `network`, on several devices, or overlap in
+        memory; `engine` can't take them; a hyperparameter or an option is out of its range; or options of tracing are
+        given with ``network=``. Nothing has changed.
     """
 
     method = SGD
@@ -85,15 +86,22 @@ class GSGD(PathOptimizer):
     def paper(cls, model: nn.Module, lr: float | Tensor = SGD.lr, **options: Any) -> GSGD:
         """The paper's own method: residual "pin", batch_norm "paper", rule "modulo", scale "ones", no limit on ratios.
 
-        As its released code: ``batch_norm="released"``, with stem, shortcuts and classifier in `leave_out`.
+        For the method of its authors' code give ``batch_norm="released"``, with stem, shortcuts and classifier in
+        `leave_out`. `options` are those of the class.
 
         It overwrites the skeleton weights of `model` by 1 (the paper's section 11.2). The first two settings are for
         tracing: a ``network=`` of your own is taken as it was described.
 
+        Parameters
+        ----------
+        model : nn.Module
+        lr : float
+            The learning rate.
+
         Raises
         ------
         ValueError
-            `residual` or `batch_norm` is given with ``network=``, which would have it ignored. And as at construction.
+            `residual` or `batch_norm` is given with ``network=``, which leaves nothing to trace; or as at construction.
         """
         tracing = {} if options.get("network") is not None else {"residual": "pin", "batch_norm": "paper"}
         return cls(model, lr, **({**tracing, "rule": "modulo", "scale": "ones"} | options))
@@ -108,10 +116,10 @@ class GAdam(PathOptimizer):
     engine, maximize
         See `GSGD`.
     lr, betas, eps, weight_decay
-        As in `torch.optim.AdamW`, on the coordinates that `gsgd.GSGD` describes.
-        The weight decay is 0 by default, where AdamW's is 0.01.
+        As in `torch.optim.AdamW`, on the coordinates of METHOD.md, section 4. The weight decay is 0 by default, where
+        AdamW's is 0.01.
     decoupled : bool
-        Whether the weight decay is AdamW's, or added to the gradient as in Adam.
+        Whether weight decay is AdamW's (the default), or added to the gradient as in Adam.
 
     Notes
     -----
@@ -189,7 +197,7 @@ class GRMSprop(PathOptimizer):
     engine, maximize
         See `GSGD`.
     lr, alpha, eps, weight_decay, momentum
-        As in `torch.optim.RMSprop`, on the coordinates that `gsgd.GSGD` describes.
+        As in `torch.optim.RMSprop`, on the coordinates of METHOD.md, section 4.
 
     Raises
     ------

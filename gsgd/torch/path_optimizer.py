@@ -143,7 +143,12 @@ class PathOptimizer(torch.optim.Optimizer):
     # parameters by name
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group of named parameters. Those that the network did not know from the start take plain SGD steps.
+        """Add a group of named parameters. Those that the network did not describe from the start take plain steps.
+
+        Parameters
+        ----------
+        param_group : dict
+            "params" (of named parameters), and the group's own hyperparameters.
 
         Raises
         ------
@@ -340,10 +345,10 @@ class PathOptimizer(torch.optim.Optimizer):
     # state
 
     def state_dict(self) -> dict[str, Any]:
-        """As of every optimizer, with the skeleton, the reference scale and counts as "gsgd" in the first param group.
+        """That of any optimizer, with the skeleton, the reference scale and counts as "gsgd" in the first param group.
 
         With H = ``network.num_units``: "in_edges" and "out_edges" of shape (H, 2); "in_weights", "out_weights" and "c"
-        of shape (H,), see `gsgd.coordinates.Coordinates`. Moments are shaped as their parameters.
+        of shape (H,), see `gsgd.coordinates.Coordinates`. Moments have the shapes of their parameters.
         """
         coordinates = {name: torch.from_numpy(x) for name, x in self._coordinates.save().items()}
         # in a group, where hooks see it and distributed checkpoints keep it
@@ -358,20 +363,21 @@ class PathOptimizer(torch.optim.Optimizer):
         self.param_groups[0]["gsgd"] = None
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Continue from `state_dict`. A state without "gsgd", of another optimizer, keeps this one's skeleton.
+        """Continue from `state_dict`. With a state without "gsgd", another optimizer's, the skeleton stays as it is.
 
-        From a state before the first step, the scale is that of the weights at the first step, as in a new optimizer.
+        Parameters are matched by name, if the state has their names. If it was saved before the first step, the scale
+        is that of the weights at the first step, as in a new optimizer.
 
         Warns
         -----
         UserWarning
-            The state has moments but no "gsgd": they are of other coordinates.
+            The state has moments but no "gsgd": these are moments of other coordinates.
 
         Raises
         ------
         ValueError
             The state is of another method or of other parameters, or its "gsgd" is incomplete or of another network.
-        Nothing has changed. Parameters are matched by their names, where the state has any.
+            Nothing has changed.
         """
         held = held_moments(state_dict)
         if held and not {self.moments[1]} - {""} <= held <= {*self.moments}:

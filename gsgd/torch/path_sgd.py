@@ -14,17 +14,24 @@ from gsgd.torch.parameters import EXPECTED, Closure, Params, named_network
 
 
 class PathSGD(torch.optim.Optimizer):
-    """Path-SGD (Neyshabur et al., 2015): ``w <- w - lr g / kappa``, see `gsgd.PathSGD`.
+    """Path-SGD (Neyshabur et al., 2015): ``w <- w - lr g / kappa`` (METHOD.md, section 8); see `gsgd.PathSGD`.
 
     Parameters
     ----------
     params, network, example_inputs, residual
         See `GSGD`.
     lr : float
+        Learning rate, >= 0.
 
     Notes
     -----
     A baseline, not made for speed: every step computes kappa on the CPU, in float64.
+
+    Raises
+    ------
+    TypeError, ValueError
+        Parameters are unnamed, `network` is not theirs or an approximation of batch normalization, or `lr` is not a
+        finite number >= 0.
     """
 
     def __init__(
@@ -50,7 +57,10 @@ class PathSGD(torch.optim.Optimizer):
     def step(self, closure: Closure) -> Any: ...
     @torch.no_grad()
     def step(self, closure: Closure | None = None) -> Any:
-        """Update the parameters; `closure`, if given, is called first and its loss returned."""
+        """Update the parameters; `closure`, if given, is called first and its loss returned.
+
+        Gradients are not checked: what is not finite is written to the weights.
+        """
         loss = None
         if closure is not None:
             with torch.enable_grad():

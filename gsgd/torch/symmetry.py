@@ -31,14 +31,15 @@ def rescale(model: nn.Module, net: Network, scales: Any) -> None:
     Raises
     ------
     ValueError, TypeError
-        `scales` are not as they should be, parameters are not those of `net`, a weight would overflow or underflow, or
-        the network is an approximation. Nothing has changed.
+        `scales` are of another shape, not positive or not finite; the model's parameters are not those of `net`; a
+        weight would overflow or underflow; or the network is an approximation of batch normalization. Nothing has
+        changed.
     """
     _write(model, net, lambda arrays: gsgd.rescale(arrays, net, scales))
 
 
 def balance(model: nn.Module, net: Network | None = None, norm: Literal[2, "max"] = 2) -> None:
-    """Rescale in place so that every unit's weights in and out have equal norms; see `gsgd.balance`.
+    """Rescale in place so that the weights into and out of every unit have equal norms; see `gsgd.balance`.
 
     Parameters
     ----------
@@ -47,24 +48,41 @@ def balance(model: nn.Module, net: Network | None = None, norm: Literal[2, "max"
     net : Network, optional
         ``trace(model)`` by default.
     norm : {2, "max"}
-        2: the representative of least sum of squares. "max": the largest magnitudes in and out are equal.
+        2: the rescaling of least sum of squares. "max": the largest magnitudes in and out are equal.
 
     Raises
     ------
     ValueError, TypeError
-        As `rescale`.
+        `norm` is unknown, or `model` can't be traced; otherwise as in `rescale`. Nothing has changed.
     """
     network = trace(model) if net is None else net
     _write(model, network, lambda arrays: gsgd.balance(arrays, network, norm))
 
 
 def equivalence(a: nn.Module, b: nn.Module, net: Network, rtol: float = 1e-5) -> NDArray[np.float64]:
-    """The scale per unit, (H,), that carries the weights of `a` to those of `b`; see `gsgd.equivalence`.
+    """The scale per unit that takes the weights of `a` to those of `b`; see `gsgd.equivalence`.
+
+    Parameters
+    ----------
+    a, b : nn.Module
+        On any device; compared on the CPU.
+    net : Network
+        Of the names of both models' parameters, as `trace` has them.
+    rtol : float
+        How far weights may part, relative to the largest among the in-edges of the same unit and layer.
+
+    Returns
+    -------
+    array, shape (H,)
+        Positive numbers, in the order of ``net.units``.
 
     Raises
     ------
     gsgd.NotEquivalent
-        They are no rescalings of each other; it names the first unit where they part.
+        They are not rescalings of each other; the error names the first unit where they part.
+    ValueError, TypeError
+        The parameters are not those of `net`, `rtol` is negative, or the network is an approximation of batch
+        normalization.
     """
     return gsgd.equivalence(_on_host(a), _on_host(b), net, rtol)
 

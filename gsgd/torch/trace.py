@@ -43,18 +43,18 @@ def trace(
     """Describe `model` as a `gsgd.Network`, with parameters under their ``named_parameters()`` names.
 
     Neither the model (weights, buffers, training flags) nor the random state changes, nor do lists and the like that
-    hooks of its modules fill: they run on copies. The forward pass is followed in training mode, and without values of
-    weights and real inputs as long as that will do; integers, buffers and constants have theirs. Anything that is not
-    understood pins the units that meet it, and ``print(net)`` shows the reason: the operation and the module. It also
-    lists the parameters that are not described, with what reads them; they are left out of the network. Frozen ones
-    (``requires_grad=False``) are described like others, since the symmetry holds.
+    hooks of its modules fill: everything runs on copies. The forward pass is followed in training mode, without values
+    of weights and real inputs as long as that will do; integers, buffers and constants keep theirs. Anything that is
+    not understood pins the units that meet it, and ``print(net)`` shows the reason: the operation and the module. It
+    also lists the parameters that are not described, with what reads them; they are left out of the network. Frozen
+    ones (``requires_grad=False``) are described like others, since the symmetry holds.
 
     Parameters
     ----------
     model : nn.Module
     example_inputs : tensor, tuple of positional or dict of keyword arguments, optional
-        Their real numbers matter only where the model asks for them, to branch, say. Without it, inputs of common sizes
-        are tried: ``(2, in_features)`` or ``(2, in_channels, size, ...)``, as the model's first layer reads.
+        Their real numbers matter only where the model asks for them, to branch, say. Without them, inputs of common
+        sizes are tried: ``(2, in_features)`` or ``(2, in_channels, size, ...)``, as the model's first layer reads.
     residual : {"tie", "pin"}
         What additions do to the units they add; see `Network.add`.
     batch_norm : {"exact", "paper", "released"}
@@ -74,19 +74,18 @@ def trace(
     -----
     UserWarning
         A trainable parameter was not read, and is not in `leave_out`. Or the model asks for real values, to branch
-        on them, say: those of a run on the example inputs are taken, and the lines that asked are named. Or it branches
-        on random numbers of torch.
+        on them, say: those of a run on the example inputs are taken, and the warning names the lines that asked. Or it
+        branches on random numbers of torch.
 
     Raises
     ------
     ValueError
-        `leave_out` or `pin_after` names nothing. Or:
-        The forward pass cannot be followed: it fails on the inputs, it asks for values that a model or inputs on the
-        meta device lack, or a value is made out of sight (TorchScript, an extension). The message names the operation,
-        the module and the line.
-        Or the model can't be copied, or its forward reads the original's parameters (by a closure).
+        `residual` or `batch_norm` is unknown; `leave_out` or `pin_after` names nothing; the model can't be copied, or
+        its forward reads the original's parameters (by a closure); or the forward pass can't be followed: it fails on
+        the inputs, it asks for values that a model or inputs on the meta device lack, or a value is made out of sight
+        (TorchScript, an extension). The message names the operation, the module and the line.
     TypeError
-        `model` is no module, or returns what can't be looked into.
+        `model` is not a module, or returns what can't be looked into.
 
     Notes
     -----

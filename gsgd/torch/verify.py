@@ -32,7 +32,7 @@ def verify(
     Every unit is rescaled by a random factor, log-uniform in [1/2, 2]: the outputs must stay the same in evaluation
     and in training mode. And for every unit the sums of weight times gradient over its in-edges and over its
     out-edges must be equal (METHOD.md, section 2), for a random linear functional of the outputs. Both are tried at
-    weights a tenth away from the model's, described or not, for zeros (biases, zero-initialised gammas) would hide what
+    weights a tenth away from the model's, described or not, for zeros (biases, gammas at the start) would hide what
     is wrong.
 
     Parameters
@@ -45,16 +45,18 @@ def verify(
         Inputs with values; a batch that batch normalization accepts.
     seed : int
         Of the factors, the functional, and the random numbers of the model (torch's, Python's and NumPy's). A model
-        that takes other ways by these is tried with several seeds, and with all of torch's uniform numbers near 0 or 1.
+        that branches on these is tried with several seeds, and with all of torch's uniform numbers near 0 or 1.
 
     Raises
     ------
     SymmetryError
-        It names the layers whose units break the symmetry, and how much.
+        The network is wrong: the error names the layers whose units break the symmetry, and by how much.
     ValueError
         `net` names parameters that the model lacks, or of another shape; it is an approximation ("paper",
         "released"); the model does not run in float64 on the CPU; its outputs are not finite, or differ between two
         runs on the same weights; or its forward reads the original's parameters (by a closure).
+    TypeError
+        `net` is not a Network, or `model` not a module.
     """
     if not isinstance(net, Network):
         raise TypeError(f"net: expected a gsgd.Network, got {type(net).__name__}")
