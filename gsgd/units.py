@@ -27,6 +27,13 @@ class Numbering:
     labels: tuple[str, ...]
 
 
+def unique_pairs(a: Ids, b: Ids) -> tuple[Ids, Ids]:
+    """The pairs of nodes that occur, shape (2, count), sorted; and which of them every pair is, as a flat array."""
+    stride = 1 + int(b.max(initial=0))
+    keys, which = np.unique(a.ravel() * stride + b.ravel(), return_inverse=True)
+    return np.stack(np.divmod(keys, stride)), which
+
+
 class Units:
     """Nodes (one per channel of a value), the units that they are tied to, and why some are pinned.
 
@@ -56,7 +63,7 @@ class Units:
     def tie(self, a: Ids, b: Ids) -> None:
         """Make one unit of each pair of nodes; the arrays have one shape."""
         differ = a != b
-        for i, j in np.unique(np.stack([a[differ], b[differ]]), axis=1).T.tolist():
+        for i, j in unique_pairs(a[differ], b[differ])[0].T.tolist():
             first, second = sorted((self._root(i), self._root(j)))
             if first != second:
                 self._parent[second] = first

@@ -190,11 +190,11 @@ powers of 2: its outputs stay the same in every bit. A step of G-SGD goes down t
 rescaled model leads to the same function.
 
 - **Units** can be rescaled. **Weights that meet one** lead into it or out of it; all others take plain steps.
-- **Trace** is what it takes on one core. At the sizes that people train, on images of 224 x 224, {large}.
+- **Trace** is what it takes on one core. At the sizes that people train, on images
+  of 224 x 224, {large}.
 - **Pinned, and by what**: the operations that are not positively homogeneous, or not known, with the channels that
   layers write for them, and what reads weights that are not described. Not listed is what every network has: its
-  outputs, and what a normalization reads (what it writes can be units).
-"""
+  outputs, and what a normalization reads (what it writes can be units)."""
 HEAD = """
 ## {origin}
 

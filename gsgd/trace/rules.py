@@ -10,6 +10,7 @@ import numpy as np
 from gsgd.network import Residual
 from gsgd.trace.nodes import Algebra, Nodes, NotUnderstood, along, compact, varies
 from gsgd.trace.weights import Labels, Weight, layer
+from gsgd.units import unique_pairs
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ def add(on: Algebra, a: Operand, b: Operand) -> Nodes:
 
 def _sum(on: Algebra, p: Nodes, q: Nodes, residual: Residual) -> Nodes:
     x, y = compact(p, q)
-    pairs, which = np.unique(np.stack([x.ravel(), y.ravel()]), axis=1, return_inverse=True)
+    pairs, which = unique_pairs(x, y)
     zero = on.zeros_in(pairs)
     out, both = np.where(zero[0], pairs[1], pairs[0]), ~zero.any(axis=0)
     out[both] = on.net.add(*map(on.net.features, pairs[:, both]), residual=residual).per_feature
