@@ -177,8 +177,13 @@ def test_path_sgd_in_pytorch_is_that_on_arrays() -> None:
             p.grad = torch.from_numpy(grads[name])
         own.step(grads)
         other.step()
-    for name, p in parameters:
-        np.testing.assert_allclose(p.detach().numpy(), params[name], rtol=1e-12)
+    before = {name: p.detach().numpy().copy() for name, p in parameters}
+    for name, value in before.items():
+        np.testing.assert_allclose(value, params[name], rtol=1e-12)
+    parameters[-1][1].grad[0] = np.inf
+    with pytest.raises(FloatingPointError, match=f"gradient of '{parameters[-1][0]}' is not finite"):
+        other.step()
+    assert all(np.array_equal(p.detach().numpy(), before[name]) for name, p in parameters)
 
 
 def test_balance_of_a_deep_network_and_of_units_that_feed_each_other() -> None:

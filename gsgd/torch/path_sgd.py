@@ -59,13 +59,19 @@ class PathSGD(torch.optim.Optimizer):
     def step(self, closure: Closure | None = None) -> Any:
         """Update the parameters; `closure`, if given, is called first and its loss returned.
 
-        Gradients are not checked: what is not finite is written to the weights.
+        Raises
+        ------
+        FloatingPointError
+            A gradient is not finite. Nothing has changed.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         named = [(n, p, g["lr"]) for g in self.param_groups for n, p in zip(g["param_names"], g["params"], strict=True)]
+        for name, p, _ in named:
+            if p.grad is not None and not p.grad.isfinite().all():
+                raise FloatingPointError(f"gradient of {name!r} is not finite: the weights stay as they were")
         kappa = path_kappa({n: p.detach().cpu().double().numpy() for n, p, _ in named}, self.network)
         for name, p, lr in named:
             if p.grad is None:
