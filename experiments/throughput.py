@@ -19,7 +19,7 @@ from tqdm import tqdm
 from training import cross_entropy
 
 PAPER_S = {name: METHODS[name] for name in ("SGD, He start", "G-SGD ones (paper)", "G-SGD balanced")}
-MODERN = {name: m for name, m in modern_lines("he").items() if m.balance is None}
+MODERN = {name: m for name, m in modern_lines("he").items() if m.balance is None and "rule" not in m.options}
 
 
 @dataclass(frozen=True)
