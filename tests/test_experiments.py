@@ -346,7 +346,7 @@ def test_one_line_alone(command: Command, capsys: pytest.CaptureFixture[str]) ->
     assert "SGD, He start" in command("path_sgd", *TINY)
     with pytest.raises(SystemExit):
         command("path_sgd", *TINY, "--only", "Adagrad")
-    assert "--only 'Adagrad'" in capsys.readouterr().err
+    assert "--only 'Adagrad', --without '': no setting" in capsys.readouterr().err
     text = command("path_sgd", *TINY, "--without", "MNIST", "start")
     assert text.count("| Path-SGD |") == 1
     assert "SGD, He start" not in text
