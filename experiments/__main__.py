@@ -18,7 +18,7 @@ from architectures import CONV_NETS
 from data import DEFAULT_FOLDER
 from methods import FAMILIES
 from plans import CONV_SETS, DENSE_SETS, PLANS, Plan, Scale, counts
-from training import Run, train_all
+from training import Run, ended, key_of, read_rows, train_all
 
 HERE = Path(__file__).parent
 
@@ -46,6 +46,7 @@ def parser() -> argparse.ArgumentParser:
             "--only", metavar="TEXT", nargs="+", help="settings and methods whose names contain one of them"
         )
         one.add_argument("--without", metavar="TEXT", nargs="+", help="none of those whose names contain one of them")
+        one.add_argument("--trained", action="store_true", help="draw what is trained already, train nothing")
         one.add_argument("--images", type=int, help="training images used")
         one.add_argument(
             "--data", type=Path, default=DEFAULT_FOLDER, help="folder of the data sets (default: %(default)s)"
@@ -102,6 +103,9 @@ def train(command: str, options: argparse.Namespace, out: Path) -> str:
     print(f"{command}: {plan.what}\n{scale}", flush=True)
     every = plan.runs(scale, options.data)
     runs = chosen(every, options)
+    if options.trained:
+        done = {key_of(row) for row in read_rows(out) if ended(row, scale.epochs)}
+        runs = [run for run in runs if run.key in done]
     names = sorted({run.task.data.name for run in every})
     settings = {**asdict(scale), "data": names, "threads": options.threads, "device": options.device.type}
     out.mkdir(parents=True, exist_ok=True)

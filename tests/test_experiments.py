@@ -328,6 +328,9 @@ def test_results_of_other_settings_are_not_mixed(command: Command, capsys: pytes
     with pytest.raises(SystemExit):
         command(*arguments, "--epochs", "2")
     assert "epochs 1 there, 2 now" in capsys.readouterr().err
+    assert command(*arguments, "--seeds", "2", "--trained") == first.replace("seeds 1", "seeds 2").replace(
+        "1 seeds", "2 seeds"
+    )
     assert command(*arguments, "--seeds", "2").count("±") == first.count("±")
 
 
