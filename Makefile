@@ -2,7 +2,8 @@
 # make test     the C core under sanitizers (the same bits with and without OpenMP), then the Python suite and the
 #               notebooks on the installed package
 # make fuzz     the property tests on other random examples than make test's: minutes. It prints its seed first, and
-#               make fuzz SEED=... repeats it
+#               make fuzz SEED=... repeats it. Where clang is installed, libFuzzer then drives the C core for a minute
+# make soak     an hour (MINUTES=60) of steps, saves, copies, forks and refused steps at random: memory has to stay flat
 # make lint     ruff, mypy, clang-format, and the compiler with warnings as errors
 # make bench    the step against PyTorch's optimizers; make bench-training: whole training steps;
 #               make bench-scaling: construction and step against the number of weights
@@ -10,7 +11,8 @@
 #               a prefix
 # make docs     the documentation as a site, in build/site; a broken link or any other warning is an error
 # make wheel    dist/: a manylinux wheel and the source distribution, each tried in an environment of its own
-# make valgrind, make sanitize    the C core under valgrind; the Python suite with a sanitized extension
+# make valgrind, make sanitize, make sanitize-threads    the C core under valgrind; the Python suite with a sanitized
+#               extension; the C core under clang's thread sanitizer
 #
 # Everything is installed in .venv, made with $(PYTHON).
 
@@ -27,15 +29,16 @@ CORE_FLAGS := -std=c11 -g -O1 -ffp-contract=off -fno-math-errno -Wall -Wextra -W
 SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=all
 OPENMP := $(shell echo 'int main(void) { return 0; }' | $(CC) -fopenmp -x c -o /dev/null - 2>/dev/null && echo -fopenmp)
 
-.PHONY: demo test fuzz lint bench bench-training bench-scaling lib docs wheel valgrind sanitize clean
+.PHONY: demo test fuzz soak lint bench bench-training bench-scaling lib docs wheel valgrind sanitize sanitize-threads clean
 
 demo: .venv/demo
 	$(BIN)/python -P -m gsgd.demo
 
-test: .venv/dev build/core-sanitize build/core-sanitize-serial build/mlp build/digits.bin
+test: .venv/dev build/core-sanitize build/core-sanitize-serial build/fuzz build/mlp build/digits.bin
 	build/core-sanitize >build/core.out
 	build/core-sanitize-serial >build/core-serial.out
 	cmp build/core.out build/core-serial.out
+	build/fuzz 0 500
 	build/mlp build/digits.bin
 	$(BIN)/pytest -q
 	GSGD_EPOCHS=2 $(BIN)/pytest -q --nbmake notebooks
@@ -44,12 +47,20 @@ fuzz: SEED := $(shell od -An -N4 -tu4 /dev/urandom | tr -d ' ')
 fuzz: .venv/dev
 	@echo "make fuzz SEED=$(SEED)"
 	$(BIN)/pytest -q -m hypothesis --hypothesis-profile=random --hypothesis-seed=$(SEED)
+	if command -v clang >/dev/null; then mkdir -p build/corpus && \
+	    clang $(CORE_FLAGS) -DLIBFUZZER -fsanitize=fuzzer $(SANITIZE) tests/fuzz.c csrc/*.c -lm -o build/libfuzzer && \
+	    build/libfuzzer -seed=$(SEED) -max_total_time=60 -max_len=1024 -verbosity=0 build/corpus; \
+	else echo "libFuzzer was not run: apt install clang"; fi
+
+soak: MINUTES := 60
+soak: .venv/dev
+	PYTHONPATH=tests $(BIN)/python -W ignore tests/soak.py --minutes $(MINUTES) $(if $(SEED),--seed $(SEED))
 
 lint: .venv/dev
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy gsgd
-	$(BIN)/clang-format --dry-run -Werror $(wildcard csrc/*.[ch] csrc/*.inc csrc/python/*.[ch] examples/*.c) tests/core.c
+	$(BIN)/clang-format --dry-run -Werror $(wildcard csrc/*.[ch] csrc/*.inc csrc/python/*.[ch] examples/*.c tests/*.c)
 	GSGD_WERROR=1 $(BIN)/python setup.py -q build_ext --force --build-lib build/lint --build-temp build/lint
 
 bench: .venv/dev
@@ -90,6 +101,13 @@ sanitize: .venv/dev
 	PYTHONPATH=build/sanitize/lib PYTHONMALLOC=malloc ASAN_OPTIONS=detect_leaks=0 \
 	    LD_PRELOAD="$$($(CC) -print-file-name=libasan.so) $$($(CC) -print-file-name=libubsan.so)" $(BIN)/pytest -q
 
+# libomp comes with what tells the thread sanitizer of OpenMP's own synchronization; gcc's libgomp has no such thing.
+sanitize-threads:
+	@mkdir -p build
+	clang $(CORE_FLAGS) -fopenmp -fsanitize=thread $(CORE) -lm -o build/core-threads || \
+	    { echo "clang or its OpenMP is missing: apt install clang libomp-dev" >&2; exit 1; }
+	OMP_NUM_THREADS=4 TSAN_OPTIONS=ignore_noninstrumented_modules=1 build/core-threads
+
 clean:
 	rm -rf .venv build dist *.egg-info gsgd/*.so
 
@@ -104,6 +122,10 @@ build/core-sanitize: $(CORE) $(wildcard csrc/*)
 build/core-sanitize-serial: $(CORE) $(wildcard csrc/*)
 	@mkdir -p build
 	$(CC) $(CORE_FLAGS) $(SANITIZE) $(CORE) -lm -o $@
+
+build/fuzz: tests/fuzz.c $(wildcard csrc/*)
+	@mkdir -p build
+	$(CC) $(CORE_FLAGS) $(SANITIZE) $(OPENMP) $< $(wildcard csrc/*.c) -lm -o $@
 
 # The first two numbers of a version name the library's interface.
 OBJECTS := $(patsubst csrc/%.c,build/object/%.o,$(wildcard csrc/*.c))

@@ -26,7 +26,7 @@ typedef struct {
     int gathers;    /* some source is a unit */
     int counts;     /* no other shard counts the same entries */
     union {
-        view view[VIEWS];
+        view views[VIEWS];
         struct {
             view w, g, s, m, v;
         };

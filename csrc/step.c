@@ -170,7 +170,7 @@ static double load_edge(const gsgd_plan *plan, const tree_edge *e, int which) {
     if (!e->counts)
         return 0;
     const block *b = &plan->block[e->block];
-    return b->view[which].data == NULL ? 0 : load_at(b->type, &b->view[which], e->at[which]);
+    return b->views[which].data == NULL ? 0 : load_at(b->type, &b->views[which], e->at[which]);
 }
 
 static void read_weights(const gsgd_plan *plan, double *gathered) {

@@ -13,7 +13,7 @@ enum { TASK = 1 << 15 }; /* entries that a thread takes at a time */
 void gsgd_bind(gsgd_plan *plan, const gsgd_array *arrays, int which) {
     for (ptrdiff_t k = 0; k < plan->blocks; ++k) {
         block *b = &plan->block[k];
-        view *v = &b->view[which];
+        view *v = &b->views[which];
         v->data = NULL;
         if (arrays == NULL || arrays[b->array].data == NULL)
             continue;
@@ -39,7 +39,7 @@ static int same_line(const block *b, const view *v) {
 /* Whether rows lie side by side. */
 static int rows_adjoin(const block *b) {
     for (int i = 0; i < VIEWS; ++i)
-        if (b->view[i].data != NULL && b->view[i].stride[GSGD_ROW] != 1)
+        if (b->views[i].data != NULL && b->views[i].stride[GSGD_ROW] != 1)
             return 0;
     return 1;
 }
@@ -57,7 +57,7 @@ static void choose_walk(block *b) {
     ptrdiff_t expected = 1;
     b->by_rows = 1;
     for (int i = 0; i < VIEWS; ++i)
-        b->by_rows &= same_line(b, &b->view[i]);
+        b->by_rows &= same_line(b, &b->views[i]);
     for (int i = 0; i < n; ++i) {
         b->by_rows &= b->w.stride[order[i]] == expected;
         expected *= b->dim[order[i]].extent;
@@ -106,7 +106,7 @@ static void cut(block *b, int clips) {
 static int same_strides(block *b) {
     int same = 1;
     for (int i = 0; i < VIEWS; ++i) {
-        const view *now = &b->view[i], *before = &b->seen[i];
+        const view *now = &b->views[i], *before = &b->seen[i];
         same &= (now->data == NULL) == (before->data == NULL) &&
                 (now->data == NULL || memcmp(now->stride, before->stride, sizeof now->stride) == 0);
         b->seen[i] = *now;
@@ -116,7 +116,7 @@ static int same_strides(block *b) {
 
 static void locate(const gsgd_plan *plan, tree_edge *e) {
     for (int i = 0; e->block >= 0 && i < VIEWS; ++i)
-        e->at[i] = offset_of(&plan->block[e->block].view[i], e->index);
+        e->at[i] = offset_of(&plan->block[e->block].views[i], e->index);
 }
 
 void gsgd_plan_walk(gsgd_plan *plan, int clips) {

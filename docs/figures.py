@@ -5,19 +5,24 @@ Every number in them is computed here, by gsgd.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
+import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
+from torch import nn
 
 import gsgd
+import gsgd.torch
 from gsgd.demo.compare import compare
-from gsgd.demo.data import digits
+from gsgd.demo.data import Data, digits
 
 FOLDER = Path(__file__).parent / "pictures"
 RED, BLUE, GREEN, GREY = "#c1542b", "#1f5fa8", "#2d7d46", "#8a8f98"
@@ -220,7 +225,94 @@ def one_step() -> None:
     save(figure, "one-step")
 
 
+def trained_cnn(data: Data) -> nn.Sequential:
+    """Convolutions with a residual block, trained on the digits."""
+    torch.manual_seed(0)
+    body = nn.Sequential(nn.Conv2d(16, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 16, 3, padding=1))
+    model = nn.Sequential(
+        *(nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), Residual(body), nn.ReLU()),
+        *(nn.Conv2d(16, 32, 3, stride=2, groups=4), nn.ReLU(), nn.Flatten(), nn.Linear(288, 64), nn.ReLU()),
+        nn.Linear(64, 10),
+    )
+    x, y = images(data.train_x), torch.from_numpy(data.train_y)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for _ in range(20):
+        for batch in torch.randperm(len(x)).split(64):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(x[batch]), y[batch]).backward()
+            optimizer.step()
+    return model
+
+
+class Residual(nn.Module):
+    """x + body(x)."""
+
+    def __init__(self, body: nn.Module) -> None:
+        super().__init__()
+        self.body = body
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.body(x)
+
+
+def images(x: NDArray[np.floating[Any]]) -> torch.Tensor:
+    return torch.from_numpy(x).reshape(-1, 1, 8, 8)
+
+
+def in_int8(model: nn.Module) -> nn.Module:
+    """A copy whose weights are multiples of one step per tensor, 127 either way; biases are not rounded."""
+    rounded = deepcopy(model)
+    with torch.no_grad():
+        for p in rounded.parameters():
+            if p.ndim > 1:
+                step = p.abs().max() / 127
+                p.copy_((p / step).round() * step)
+    return rounded
+
+
+def int8() -> None:
+    """Rounding a trained and rescaled network's weights to 8 bits, before and after equalizing them."""
+    data = digits()
+    x, y = images(data.test_x), torch.from_numpy(data.test_y)
+    model = trained_cnn(data)
+    net = gsgd.torch.trace(model, x[:1])
+    exact = model(x).detach()
+    spreads, seeds = [0, 0.5, 1, 1.5, 2], range(5)  # powers of ten either way
+    lines: dict[str, Callable[[nn.Module], None]] = {
+        "as it is": lambda model: None,
+        "balance(model)": lambda model: gsgd.torch.balance(model, net),
+        'balance(model, norm="max")': lambda model: gsgd.torch.balance(model, net, "max"),
+    }
+    found = np.zeros((2, len(lines), len(spreads), len(seeds)))  # error of the outputs, wrong classes
+    for i, spread in enumerate(spreads):
+        for j, seed in enumerate(seeds):
+            exponents = np.random.default_rng(seed).uniform(-spread, spread, net.num_units)
+            for k, prepare in enumerate(lines.values()):
+                rescaled = deepcopy(model)
+                gsgd.torch.rescale(rescaled, net, 10**exponents)
+                prepare(rescaled)
+                with torch.no_grad():
+                    outputs = in_int8(rescaled)(x)
+                found[:, k, i, j] = (outputs - exact).norm() / exact.norm(), (outputs.argmax(1) != y).float().mean()
+    figure = Figure(figsize=(8, 3.5), layout="constrained")
+    panels = figure.subplots(1, 2)
+    for panel, values, label in zip(panels, (100 * found[0], 100 * found[1]), ("outputs", "classes"), strict=True):
+        for k, (name, color) in enumerate(zip(lines, (RED, GREY, BLUE), strict=True)):
+            panel.plot(spreads, values[k].mean(1), "o-", color=color, label=name)
+            panel.fill_between(spreads, values[k].min(1), values[k].max(1), color=color, alpha=0.2, lw=0)
+        panel.set(xlabel=r"$r$, units rescaled by $10^{-r}$ to $10^{r}$", xticks=spreads)
+        panel.grid(alpha=0.25)
+        print(label, *(f"{name}: {values[k].mean(1).round(2)}" for k, name in enumerate(lines)), sep="\n  ")
+    panels[0].set(ylabel="relative error of outputs, %", yscale="log")
+    panels[1].set(ylabel="test images classified wrongly, %")
+    panels[1].axhline(
+        100 * float((exact.argmax(1) != y).float().mean()), color="black", lw=0.8, ls=":", label="float32"
+    )
+    figure.legend(*panels[1].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
+    save(figure, "int8")
+
+
 if __name__ == "__main__":
     FOLDER.mkdir(exist_ok=True)
-    for draw in (unit, skeleton, one_step, two_starts):
+    for draw in (unit, skeleton, one_step, two_starts, int8):
         draw()

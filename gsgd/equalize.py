@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gsgd.network import Network
+from gsgd.warn import warn
 
 Floats = NDArray[np.float64]
 
@@ -60,6 +60,6 @@ def equalized_scale(net: Network, arrays: Mapping[str, NDArray[Any]], start: Flo
         if moved <= _TOLERANCE:
             break
     else:
-        warnings.warn(f"equalizing did not converge: log c still moves by {moved:.1e}", RuntimeWarning, stacklevel=3)
+        warn(f"equalizing did not converge: log c still moves by {moved:.1e}", RuntimeWarning)
     scale: Floats = np.exp(t[:-1])
     return scale

@@ -54,7 +54,6 @@ skeleton is an error there.
 from __future__ import annotations
 
 import hashlib
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -74,6 +73,7 @@ from gsgd.methods import SGD, Adam, Method, RMSprop
 from gsgd.network import Network
 from gsgd.options import MaxRatio, Options, limit
 from gsgd.skeleton import Rule, Skeleton
+from gsgd.warn import warn
 
 Array: TypeAlias = jax.Array
 Arrays: TypeAlias = list[Any]  # None where there is no array
@@ -424,7 +424,7 @@ def _anchor(params: Tree, network: Network, method: str, scale: ScaleName, rule:
     skeleton.warn_of_pinned()
     network, shapes = skeleton.net, {name: np.shape(x) for name, x in leaves.items()}
     if not network.num_units:
-        warnings.warn("no unit was found that can be rescaled: every step is a plain one", stacklevel=3)
+        warn("no unit was found that can be rescaled: every step is a plain one")
     found_layout = network_layout(network, shapes, *skeleton.edge_arrays)
     digest = hashlib.sha256(repr(shapes).encode())
     for b in network.blocks:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,6 +10,7 @@ from numpy.typing import NDArray
 
 from gsgd import _core
 from gsgd.network import Block
+from gsgd.warn import warn
 
 Floats = NDArray[np.float64]
 
@@ -47,5 +47,5 @@ def balanced_scale(plan: _core.Plan, arrays: Mapping[str, NDArray[Any]]) -> Floa
     """
     c, left = plan.balance(list(arrays.values()))
     if left != 0:
-        warnings.warn(f"the balanced scale did not converge: {left:.1e} is left", RuntimeWarning, stacklevel=2)
+        warn(f"the balanced scale did not converge: {left:.1e} is left", RuntimeWarning)
     return c

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from itertools import pairwise
@@ -17,6 +16,7 @@ from gsgd import entries, reference
 from gsgd.arrays import Arrays, as_array, check_gradients, check_parameters
 from gsgd.network import Block, Network, Sum, plain_block
 from gsgd.scale import balanced_scale, core_plan
+from gsgd.warn import warn
 
 Rule = Literal["modulo", "largest"]
 Backend = Literal["c", "reference"]
@@ -136,7 +136,7 @@ def warn_of_pinned(net: Network, in_edges: NDArray[np.int64], waiting: bool = Fa
     if pinned := _pinned(net, in_edges):
         some = ", ".join(pinned[:3]) + (", ..." if len(pinned) > 3 else "")
         how = "wait with plain steps until all their weights are non-zero" if waiting else "are pinned for good"
-        warnings.warn(f"{len(pinned)} units {how}, since no path of non-zero weights passes them: {some}", stacklevel=5)
+        warn(f"{len(pinned)} units {how}, since no path of non-zero weights passes them: {some}")
 
 
 class Skeleton:

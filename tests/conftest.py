@@ -27,5 +27,5 @@ def engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
     def chosen(option: Any, *rest: Any) -> Engine:
         return choose(request.param if option == "auto" else option, *rest)
 
-    monkeypatch.setattr("gsgd.torch.optimizer.choose", chosen)
+    monkeypatch.setattr("gsgd.torch.path_optimizer.choose", chosen)
     return str(request.param)

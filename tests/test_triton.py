@@ -387,4 +387,4 @@ def test_a_compiled_training_step_breaks_at_step_only() -> None:
     assert counters["stats"]["unique_graphs"] == 1  # the model's
     breaks = [reason for reason in counters["graph_break"] if "Tensor.backward" not in reason]
     assert len(breaks) == 1
-    assert "_PathOptimizer.step" in breaks[0]
+    assert "PathOptimizer.step" in breaks[0]

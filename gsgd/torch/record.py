@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import warnings
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 from gsgd.torch.follow import Follow, copy_model, name_of, own_tensors
 from gsgd.torch.memory import held_tensors, shared_parameters
 from gsgd.torch.values import SELECTING, Kind, is_continuous, storage_of, tensors_in
+from gsgd.warn import warn
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]  # positional and keyword
 
@@ -131,10 +131,9 @@ def _first(ghost: nn.Module, run: Callable[[Arguments], _Run], given: Arguments 
             continue
         if found.names != first[1].names:
             one, other = (tuple(x[0][0].shape) for x in (first[0], inputs))
-            warnings.warn(
+            warn(
                 f"the model calls other functions on inputs of shape {one}, with which it was traced, than on those of "
                 f"{other}: pass example_inputs of the shape that it is trained on",
-                stacklevel=5,
             )
         break
     if first is None:
@@ -192,11 +191,10 @@ def _warn_of_choices(model: nn.Module, asks: Collection[_Call]) -> None:
     lines = dict.fromkeys(call.line or call.name for call in asks)
     choosing = [part for part in _parts(model) if any(call.module.partition(".")[0] == part for call in asks)]
     leave_out = "".join(f"pass leave_out={part!r}, or " for part in choosing[:1])
-    warnings.warn(
+    warn(
         f"the model asks for real values, at {', '.join(lines)}: they were those of a run on the example, and the "
         "network holds while what depends on them is chosen alike. If it is not: "
         f"{leave_out}{_trace_a_part(model, choosing)}pass network=. What is left out or outside takes plain steps",
-        stacklevel=4,
     )
 
 

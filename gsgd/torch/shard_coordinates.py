@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,6 +17,7 @@ from gsgd.network import Network
 from gsgd.skeleton import Rule, make_plan, warn_of_pinned
 from gsgd.torch.engines.base import to_device
 from gsgd.torch.shards import Shards, local
+from gsgd.warn import warn
 
 Floats = NDArray[np.float64]
 
@@ -185,7 +185,7 @@ def _balanced(whole: Layout, here: Layout, weights: Sequence[Tensor], shards: Sh
         shifts = _best_shifts(len(layers), flows, shards.total(energy).cpu().numpy())
         t += torch.from_numpy(shifts).to(t.device)[layer_of]
     else:
-        warnings.warn(f"the balanced scale did not converge: {moved:.1e} is left", RuntimeWarning, stacklevel=2)
+        warn(f"the balanced scale did not converge: {moved:.1e} is left", RuntimeWarning)
     scale: Floats = torch.exp(t[:-1]).cpu().numpy()
     return scale
 

@@ -12,7 +12,6 @@ place becomes one unit with it.
 
 from __future__ import annotations
 
-import warnings
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
@@ -29,6 +28,7 @@ from gsgd.trace.names import match
 from gsgd.trace.nodes import Algebra, Nodes, NotUnderstood, along, expanded
 from gsgd.trace.rules import Operand
 from gsgd.trace.weights import weight_view
+from gsgd.warn import warn
 
 
 def trace(
@@ -137,12 +137,11 @@ def warn_of_unread(names: Sequence[str]) -> None:
     """Say that the pass which was followed did not read these parameters."""
     if names:
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-        warnings.warn(
+        warn(
             f"the traced forward pass did not read {', '.join(names[:3])}{more}. If other passes do (layer drop, "
             "stochastic depth, a branch on a size or on self.training), the network is wrong for these: trace the "
             "model with the dropping switched off and inputs as in training, and pass network=. If none does, name "
             "them in leave_out, or freeze them",
-            stacklevel=3,
         )
 
 
