@@ -10,6 +10,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import drift
 import report
 import throughput
 import torch
@@ -17,7 +18,7 @@ from architectures import CONV_NETS
 from data import DEFAULT_FOLDER
 from methods import FAMILIES
 from plans import CONV_SETS, DENSE_SETS, PLANS, Plan, Scale, counts
-from training import train_all
+from training import Run, ended, key_of, read_rows, train_all
 
 HERE = Path(__file__).parent
 
@@ -25,7 +26,8 @@ HERE = Path(__file__).parent
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="python experiments", description=__doc__)
     commands = top.add_subparsers(dest="command", required=True)
-    about = {name: plan.what for name, plan in PLANS.items()} | {"throughput": throughput.__doc__}
+    about = {name: plan.what for name, plan in PLANS.items()}
+    about |= {"throughput": throughput.__doc__, "drift": drift.__doc__}
     for name, what in about.items():
         one = commands.add_parser(name, help=what, description=what)
         one.add_argument("--protocol", choices=["paper", "laptop"], default="laptop", help="default: %(default)s")
@@ -43,16 +45,19 @@ def parser() -> argparse.ArgumentParser:
         one.add_argument(
             "--only", metavar="TEXT", nargs="+", help="settings and methods whose names contain one of them"
         )
+        one.add_argument("--without", metavar="TEXT", nargs="+", help="none of those whose names contain one of them")
+        one.add_argument("--trained", action="store_true", help="draw what is trained already, train nothing")
         one.add_argument("--images", type=int, help="training images used")
         one.add_argument(
             "--data", type=Path, default=DEFAULT_FOLDER, help="folder of the data sets (default: %(default)s)"
         )
-        if PLANS[name].paper.nets:
+        plan = PLANS["transformer" if name == "drift" else name]
+        if plan.paper.nets:
             one.add_argument("--nets", nargs="+", choices=CONV_NETS, help="networks of convolutions")
-        if PLANS[name].paper.sets:
-            own = CONV_SETS if PLANS[name].paper.nets else DENSE_SETS
+        if plan.paper.sets:
+            own = CONV_SETS if plan.paper.nets else DENSE_SETS
             one.add_argument("--sets", nargs="+", choices=own, help="data sets")
-        if PLANS[name].by_rate:
+        if plan.by_rate:
             one.add_argument("--families", nargs="+", choices=FAMILIES, help="optimizers, compared with their variants")
     return top
 
@@ -81,14 +86,26 @@ def check_settings(path: Path, settings: dict[str, Any]) -> None:
     path.write_text(json.dumps(settings, indent=1) + "\n")
 
 
+def chosen(every: Sequence[Run], options: argparse.Namespace) -> list[Run]:
+    def named(run: Run, texts: Sequence[str]) -> bool:
+        return any(text in f"{run.setting}: {run.name}" for text in texts)
+
+    runs = [run for run in every if named(run, options.only or [""]) and not named(run, options.without or [])]
+    if not runs:
+        given = f"--only {' '.join(options.only or [])!r}, --without {' '.join(options.without or [])!r}"
+        raise ValueError(f"{given}: no setting and no method of {options.command} is left")
+    return runs
+
+
 def train(command: str, options: argparse.Namespace, out: Path) -> str:
     plan = PLANS[command]
     scale = scale_of(plan, options)
     print(f"{command}: {plan.what}\n{scale}", flush=True)
     every = plan.runs(scale, options.data)
-    runs = [run for run in every if any(text in f"{run.setting}: {run.name}" for text in options.only or [""])]
-    if not runs:
-        raise ValueError(f"--only {' '.join(options.only)!r}: no setting and no method of {command} is called so")
+    runs = chosen(every, options)
+    if options.trained:
+        done = {key_of(row) for row in read_rows(out) if ended(row, scale.epochs)}
+        runs = [run for run in runs if run.key in done]
     names = sorted({run.task.data.name for run in every})
     settings = {**asdict(scale), "data": names, "threads": options.threads, "device": options.device.type}
     out.mkdir(parents=True, exist_ok=True)
@@ -117,17 +134,36 @@ def train(command: str, options: argparse.Namespace, out: Path) -> str:
     return text
 
 
-def time_steps(options: argparse.Namespace, out: Path) -> str:
-    width = options.width[0] if options.width else {"paper": 64, "laptop": 16}[options.protocol]
-    rows = throughput.measure(width, options.batch, options.rounds, options.device)
-    out.mkdir(parents=True, exist_ok=True)
-    with open(out / "steps.csv", "w", newline="") as file:
+def write_csv(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
+
+
+def measure_drift(command: str, options: argparse.Namespace, out: Path) -> str:
+    scale = scale_of(PLANS["transformer"], options)
+    names = ("AdamW", "GAdam", "GAdam, largest")
+    every = chosen(PLANS["transformer"].runs(scale, options.data), options)
+    runs = [run for run in every if run.name in names and not run.task.rescaled]
+    rows = list(drift.measure(runs, scale.epochs, options.device))
+    write_csv(rows, out / "drift.csv")
+    head = (
+        "|log10| of the value of a unit's path, over what it was at the start: median, 95 % quantile and maximum over"
+    )
+    size = f"units, mean of {scale.seeds} seeds, after {scale.epochs} epochs of `transformer`."
+    return f"{head}\n{size}\n\n{drift.table(rows)}\n"
+
+
+def time_steps(command: str, options: argparse.Namespace, out: Path) -> str:
+    width = options.width[0] if options.width else {"paper": 64, "laptop": 16}[options.protocol]
+    rows = throughput.measure(width, options.batch, options.rounds, options.device)
+    write_csv(rows, out / "steps.csv")
     throughput.figure(rows, out / "figure.png")
     where = f"{options.device.type}, {options.threads} threads"
-    head = f"Batches of {options.batch}, {where}, median of {options.rounds} rounds."
+    size = f"Batches of {options.batch}; of 64 for 784-64x5-10, of 16 texts of 32 characters for characters"
+    head = f"{size}; {where}, median of {options.rounds} rounds."
     return f"{head}\n\n{throughput.table(rows)}\n"
 
 
@@ -138,7 +174,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     suffix = "-paper" if options.protocol == "paper" else ""
     out = options.out or HERE / "results" / f"{options.command}{suffix}"
     try:
-        text = time_steps(options, out) if options.command == "throughput" else train(options.command, options, out)
+        run = {"throughput": time_steps, "drift": measure_drift}.get(options.command, train)
+        text = run(options.command, options, out)
     except (FileNotFoundError, ValueError) as error:
         top.error(str(error))
     (out / "table.md").write_text(text)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import deepcopy
 from itertools import pairwise
 
 import torch
@@ -115,6 +116,23 @@ class TransformerBlock(nn.Module):
         return x + self.down(F.relu(self.up(h)) if self.gate is None else F.silu(self.gate(h)) * self.up(h))
 
 
+class LoRA(nn.Module):
+    """A layer that is frozen and an adapter of low rank beside it (Hu et al., 2022); B is small, but not zero.
+
+    From zero, as usual, no path of non-zero weights would pass the units of the rank, and they would begin pinned.
+    """
+
+    def __init__(self, layer: nn.Linear, rank: int) -> None:
+        super().__init__()
+        self.layer = layer.requires_grad_(False)
+        self.a = nn.Linear(layer.in_features, rank, bias=False)
+        self.b = nn.Linear(rank, layer.out_features, bias=False)
+        nn.init.normal_(self.b.weight, std=0.01)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x) + self.b(self.a(x))
+
+
 class CharacterModel(nn.Module):
     """A decoder-only transformer on characters: logits, shape ``(samples, length, symbols)``."""
 
@@ -127,6 +145,15 @@ class CharacterModel(nn.Module):
         self.head = nn.Linear(width, symbols)
         for table in (self.token, self.position):
             nn.init.normal_(table.weight, std=0.02)
+
+    def adapted(self, rank: int) -> CharacterModel:
+        """A copy whose weights are frozen, but for an adapter of every matrix in the blocks."""
+        copy = deepcopy(self).requires_grad_(False)
+        for block in copy.blocks:
+            for name, layer in list(block.named_children()):
+                if isinstance(layer, nn.Linear):
+                    setattr(block, name, LoRA(layer, rank))
+        return copy
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.token(x) + self.position(torch.arange(x.shape[1], device=x.device))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import inspect
 import os
 import pickle
 import tarfile
@@ -108,16 +110,28 @@ def python_topics(length: int) -> Data:
 
     No files are needed. Characters are bytes; those that are rarer than 1 in 10,000 are one symbol.
     """
-    text = "\n\n".join(text for _, text in sorted(topics.items())).encode()
-    symbols, counts = np.unique(np.frombuffer(text, np.uint8), return_counts=True)
-    kept = symbols[counts >= len(text) / 10_000]
+    return _windows("Python's help", _help(), length)
+
+
+def python_sources(length: int) -> Data:
+    """Modules that come with Python, in windows as `python_topics` has them and in its symbols."""
+    return _windows("Python's sources", "\n\n".join(map(inspect.getsource, (argparse, inspect))).encode(), length)
+
+
+def _help() -> bytes:
+    return "\n\n".join(text for _, text in sorted(topics.items())).encode()
+
+
+def _windows(name: str, text: bytes, length: int) -> Data:
+    symbols, counts = np.unique(np.frombuffer(_help(), np.uint8), return_counts=True)
+    kept = symbols[counts >= counts.sum() / 10_000]
     number = np.full(256, len(kept))
     number[kept] = np.arange(len(kept))
     codes = torch.from_numpy(number[np.frombuffer(text, np.uint8)])
     windows = codes[: (len(codes) - 1) // length * length].view(-1, length)
     following = codes[1 : windows.numel() + 1].view(-1, length)
     test = torch.arange(len(windows)) // 10 % 10 == 9
-    return Data("Python's help", windows[~test], following[~test], windows[test], following[test])
+    return Data(name, windows[~test], following[~test], windows[test], following[test])
 
 
 def _idx(name: str, folders: Sequence[Path], named: Path) -> Data:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from itertools import accumulate
 from typing import Any, Literal
 
 import numpy as np
 import torch
+from conditioning import path_condition
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
@@ -16,7 +18,7 @@ import gsgd
 import gsgd.torch
 
 StartName = Literal["default", "he"]
-OptimizerName = Literal["SGD", "G-SGD", "AdamW", "GAdam", "RMSprop", "GRMSprop", "Muon", "Path-SGD"]
+OptimizerName = Literal["SGD", "G-SGD", "AdamW", "GAdam", "RMSprop", "GRMSprop", "Muon", "LoRA-RITE", "Path-SGD"]
 Options = Mapping[str, Any]
 PATH_SPACE = {"G-SGD": gsgd.torch.GSGD, "GAdam": gsgd.torch.GAdam, "GRMSprop": gsgd.torch.GRMSprop}
 PAPER = {"residual": "pin", "batch_norm": "paper"}
@@ -34,6 +36,7 @@ class Method:
     skeleton : what its weights are overwritten with at the start: 1, or +-1 at random
     trace : how the model is described, see `gsgd.torch.trace`
     balance : None: never; 0: `gsgd.balance` once, before the first step; n: also after every n steps
+    conditioned : rescale the start by `path_condition`
     """
 
     start: StartName
@@ -43,11 +46,12 @@ class Method:
     skeleton: Literal["own", "ones", "signs"] = "own"
     trace: Options = field(default_factory=dict)
     balance: int | None = None
+    conditioned: bool = False
 
     @property
     def family(self) -> str:
         """The optimizer of which this is a variant."""
-        variants = {"G-SGD": "SGD", "GAdam": "AdamW", "Muon": "AdamW", "GRMSprop": "RMSprop"}
+        variants = {"G-SGD": "SGD", "GAdam": "AdamW", "Muon": "AdamW", "LoRA-RITE": "AdamW", "GRMSprop": "RMSprop"}
         return variants.get(self.optimizer, self.optimizer)
 
 
@@ -130,6 +134,23 @@ def modern_lines(start: StartName, families: Sequence[str] = ("SGD", "AdamW")) -
     return methods
 
 
+def conditioned_lines(start: StartName, families: Sequence[str]) -> dict[str, Method]:
+    """What people use, after the rescaling of Lebeurrier, Vayer and Gribonval (2026)."""
+    chosen = {name: FAMILIES[name] for name in families}
+    return {
+        f"{name}, path-conditioned": Method(start, plain, options, factor, conditioned=True)
+        for name, (plain, _, options, factor) in chosen.items()
+    }
+
+
+def lora_lines() -> dict[str, Method]:
+    """The lines of AdamW for adapters; and LoRA-RITE (Yen et al., 2025), where the package pytorch-optimizer is."""
+    methods = {name: m for name, m in modern_lines("default", ["AdamW"]).items() if not m.balance}
+    if find_spec("pytorch_optimizer"):
+        methods["LoRA-RITE"] = Method("default", "LoRA-RITE", {"weight_decay": 0.01}, 0.3)
+    return methods
+
+
 def paper_lines(blocks: Sequence[int], shortcut: str) -> dict[str, Method]:
     """Section 5.1 from PyTorch's default start (section 11.4): the text, and the authors' released code.
 
@@ -163,6 +184,12 @@ def arrays_of(model: nn.Module) -> dict[str, NDArray[Any]]:
     return {name: p.detach().cpu().numpy() for name, p in model.named_parameters()}
 
 
+def traced(model: nn.Module, images: Tensor, **options: Any) -> gsgd.Network:
+    """The network of the weights that train."""
+    frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
+    return gsgd.torch.trace(model, images, **options | {"leave_out": (*options.get("leave_out", ()), *frozen)})
+
+
 def start(model: nn.Module, method: Method, images: Tensor, seed: int, rescaled: float = 0.0) -> None:
     """Set the weights of a new model, which has PyTorch's own, on the CPU.
 
@@ -177,15 +204,17 @@ def start(model: nn.Module, method: Method, images: Tensor, seed: int, rescaled:
     rng = np.random.default_rng(seed)
     arrays = arrays_of(model)
     if rescaled:
-        net = gsgd.torch.trace(model, images)
+        net = traced(model, images)
         gsgd.rescale(arrays, net, 10 ** rng.uniform(-rescaled, rescaled, net.num_units))
     if method.skeleton != "own":
-        skeleton = gsgd.Skeleton(gsgd.torch.trace(model, images, **method.trace), arrays)
+        skeleton = gsgd.Skeleton(traced(model, images, **method.trace), arrays)
         for edge in dict.fromkeys((*skeleton.in_edges, *skeleton.out_edges)):
             if edge is not None:
                 arrays[edge[0]][edge[1]] = rng.choice([-1, 1]) if method.skeleton == "signs" else 1
     if method.balance is not None:
-        gsgd.balance(arrays, gsgd.torch.trace(model, images))
+        gsgd.balance(arrays, traced(model, images))
+    if method.conditioned:
+        path_condition(arrays, traced(model, images))
 
 
 def optimizer(model: nn.Module, method: Method, images: Tensor, lr: float) -> torch.optim.Optimizer | MuonAndAdamW:
@@ -193,8 +222,12 @@ def optimizer(model: nn.Module, method: Method, images: Tensor, lr: float) -> to
         return PathSGD(model, lr)
     if method.optimizer == "Muon":
         return MuonAndAdamW(model, lr, **method.options)
+    if method.optimizer == "LoRA-RITE":
+        from pytorch_optimizer import LoRARite
+
+        return LoRARite([p for p in model.parameters() if p.requires_grad], lr, **method.options)  # A, B, A, B, ...
     if method.optimizer in PATH_SPACE:
-        net = gsgd.torch.trace(model, images, **method.trace)
+        net = traced(model, images, **method.trace)
         return PATH_SPACE[method.optimizer](model.named_parameters(), lr, network=net, **method.options)
     plain = {"SGD": torch.optim.SGD, "AdamW": torch.optim.AdamW, "RMSprop": torch.optim.RMSprop}
     return plain[method.optimizer](model.parameters(), lr, **method.options)

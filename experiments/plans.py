@@ -9,10 +9,21 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+import torch
 from architectures import CONV_NETS, CharacterModel, ConvNet, cnn, mlp
-from data import Data, cifar10, cifar100, fashion_mnist, mnist, python_topics
-from methods import METHODS, PAPER, PATH_SGD, Method, StartName, modern_lines, paper_lines
-from training import Run, Task
+from data import Data, cifar10, cifar100, fashion_mnist, mnist, python_sources, python_topics
+from methods import (
+    METHODS,
+    PAPER,
+    PATH_SGD,
+    Method,
+    StartName,
+    conditioned_lines,
+    lora_lines,
+    modern_lines,
+    paper_lines,
+)
+from training import Run, Task, Training
 
 import gsgd.torch
 
@@ -237,7 +248,8 @@ def modern(scale: Scale, folder: Path) -> Tasks:
         data = DENSE_SETS[name](folder).fewer(scale.images)
         model = partial(mlp, (data.train_x[0].numel(), *(h,) * 5, data.classes), True)
         task = Task(data, model, schedule="cosine")
-        tasks |= from_starts(f"{data.name}, 784-{h}x5-10", task, scale, modern_lines("he", scale.families))
+        lines = modern_lines("he", scale.families) | conditioned_lines("he", scale.families)
+        tasks |= from_starts(f"{data.name}, 784-{h}x5-10", task, scale, lines)
     return tasks
 
 
@@ -255,15 +267,32 @@ def modern_cnn(scale: Scale, folder: Path) -> Tasks:
 
 
 def transformer(scale: Scale, folder: Path) -> Tasks:
-    data = python_topics(scale.context)
+    data = python_topics(scale.context).fewer(scale.images)
     lines = {n: m for n, m in modern_lines("default", scale.families).items() if not m.balance}
     if "AdamW" in scale.families:
         lines["Muon"] = Method("default", "Muon", lr_factor=0.3)
+        lines["Muon, balanced once"] = Method("default", "Muon", lr_factor=0.3, balance=0)
     tasks: Tasks = {}
     for width, feed_forward in product(scale.widths, scale.feed_forward):
         model = partial(CharacterModel, data.classes, scale.context, width, scale.depth, feed_forward == "SwiGLU")
         name = f"{data.name}, {scale.depth} layers of {width}, {feed_forward}"
         tasks |= from_starts(name, Task(data, model, scale.conv_batch, "cosine", measured=2_000), scale, lines)
+    return tasks
+
+
+def lora(scale: Scale, folder: Path) -> Tasks:
+    """A character model that has read Python's help, for two epochs by AdamW, reads Python's sources by adapters."""
+    texts, code = (of(scale.context).fewer(scale.images) for of in (python_topics, python_sources))
+    tasks: Tasks = {}
+    for width in scale.widths:
+        model = partial(CharacterModel, texts.classes, scale.context, width, scale.depth)
+        task = Task(texts, model, scale.conv_batch, "cosine")
+        base = Training(Run("", "AdamW", 0.003, 0, task, Method("default", "AdamW")), 2, torch.device("cpu"))
+        for epoch in (1, 2):
+            base.epoch(epoch)
+        task = Task(code, partial(base.model.adapted, 4), scale.conv_batch, "cosine", measured=2_000)
+        name = f"{code.name}, rank 4 on {scale.depth} layers of {width}"
+        tasks |= from_starts(name, task, scale, lora_lines())
     return tasks
 
 
@@ -383,7 +412,7 @@ PLANS = {
         Scale(164, 5, (64,), (1.0,), nets=NETS[:2], sets=("cifar-10",)),
         Scale(
             8,
-            2,
+            3,
             (8,),
             (1.0,),
             conv_images=10_000,
@@ -391,7 +420,7 @@ PLANS = {
             nets=("Plain-34",),
             sets=("cifar-10",),
             leaves_out="feature maps 9 to 64 of the first stage; images beyond 10,000, pooled to 16 x 16; ResNet-34; "
-            "epochs 9 to 164; three of five seeds",
+            "epochs 9 to 164; two of five seeds",
         ),
         paper_5_1,
     ),
@@ -465,6 +494,23 @@ PLANS = {
             "batches of 64 (here 16); epochs 3 to 60; starts rescaled by up to 100; three of five seeds",
         ),
         transformer,
+        by_rate=True,
+    ),
+    "lora": Plan(
+        "ours: AdamW, GAdam and LoRA-RITE, adapters of rank 4 on a character model, from sources that come with Python",
+        Scale(20, 5, (128,), TRANSFORMER_GRID, rescaled=(1, 2), depth=4, context=128, conv_batch=64),
+        Scale(
+            1,
+            3,
+            (64,),
+            TRANSFORMER_GRID[:3],
+            rescaled=(1,),
+            context=32,
+            conv_batch=16,
+            leaves_out="layers 3 and 4; width 128; contexts of 128 characters (here 32); batches of 64 (here 16); "
+            "epochs 2 to 20; starts rescaled by up to 100; two of five seeds",
+        ),
+        lora,
         by_rate=True,
     ),
 }

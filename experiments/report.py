@@ -244,7 +244,7 @@ def against_start(runs: Sequence[Run], rows: Sequence[Row], path: Path) -> None:
     panels = figure.subplots(len(tasks), len(families), squeeze=False, sharey="row")
     looks = {0.0: ("-", 1.5), 1.0: ("--", 2.5), 2.0: (":", 3.5)}
     for (setting, name), run in chosen.items():
-        if run.method.balance is not None or "rule" in run.method.options:
+        if run.method.balance is not None or run.method.conditioned or "rule" in run.method.options:
             continue
         task, start = setting.split("; ")
         panel = panels[tasks.index(task), families.index(run.method.family)]
@@ -268,10 +268,14 @@ def _role(name: str, run: Run) -> dict[str, Any]:
     """What plain, balanced and path-space lines look like, whatever their family."""
     if name == run.method.family:
         return {"color": "#d62728", "marker": "o"}
+    if run.method.optimizer in ("Muon", "LoRA-RITE"):
+        return (
+            {"color": "#777777", "marker": "x"} if run.method.balance is None else {"color": "#aaaaaa", "marker": "+"}
+        )
     if run.method.balance is not None:
         return {"color": "#ff9e1b", "marker": "s"} if run.method.balance == 0 else {"color": "#8c6d31", "marker": "D"}
-    if run.method.optimizer == "Muon":
-        return {"color": "#777777", "marker": "x"}
+    if run.method.conditioned:
+        return {"color": "#b0419f", "marker": "P"}
     rule = run.method.options.get("rule", "modulo")
     return {"color": "#1f4e9c", "marker": "v"} if rule == "modulo" else {"color": "#3aa6a0", "marker": "^"}
 

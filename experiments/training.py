@@ -14,7 +14,7 @@ from typing import IO, Any, Literal
 import torch
 import torch.nn.functional as F
 from data import Data
-from methods import Method, optimizer, start
+from methods import Method, optimizer, start, traced
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -148,7 +148,7 @@ class Training:
         torch.manual_seed(run.seed)
         self.model = run.task.model()
         start(self.model, run.method, run.task.example, run.seed, run.task.rescaled)
-        self.net = gsgd.torch.trace(self.model, run.task.example) if run.method.balance else None
+        self.net = traced(self.model, run.task.example) if run.method.balance else None
         self.model.to(device)
         self.optimizer = optimizer(self.model, run.method, self.data.train_x[:2], run.lr)
 

@@ -68,8 +68,8 @@ def command(monkeypatch: pytest.MonkeyPatch, folder: Path, tmp_path: Path) -> Co
     torch.set_num_threads(threads)
 
 
-# the texts are always at hand and whole
-TEXTS = ("--epochs", "1", "--seeds", "1", "--rates", "0.1", "--width", "16", "--only", "AdamW", "GAdam", "Muon")
+# heads of 16 channels are the smallest
+TEXTS = ("--epochs", "1", "--seeds", "1", "--rates", "0.1", "--images", "64", "--width", "16")
 TINY = ("--epochs", "1", "--seeds", "1", "--rates", "0.1", "--images", "32", "--width", "4")
 
 
@@ -88,13 +88,14 @@ TINY = ("--epochs", "1", "--seeds", "1", "--rates", "0.1", "--images", "32", "--
         ("paper_5_1", ["CIFAR-10, Plain-34, 4 maps"]),
         ("modern", ["MNIST, 784-4x5-10; own start", "Fashion-MNIST, 784-4x5-10; rescaled by up to 100"]),
         ("transformer", ["Python's help, 2 layers of 16, ReLU; own start"]),
+        ("lora", ["Python's sources, rank 4 on 2 layers of 16; own start"]),
         ("modern_cnn", ["CIFAR-10, CNN without BN, 4 maps; own start", "CIFAR-10, CNN with BN, 4 maps; own start"]),
     ],
 )
 def test_every_command_trains_every_method(command: Command, tmp_path: Path, name: str, settings: list[str]) -> None:
     from training import COLUMNS, read_rows
 
-    text = command(name, *(TEXTS if name == "transformer" else TINY))
+    text = command(name, *(TEXTS if name in ("transformer", "lora") else TINY))
     rows = read_rows(tmp_path / "out")
     assert tuple(rows[0]) == COLUMNS
     assert {row["setting"] for row in rows} >= set(settings)
@@ -197,10 +198,74 @@ def test_the_character_model_sees_no_later_characters(monkeypatch: pytest.Monkey
         gsgd.torch.verify(model, net, x)
 
 
+def test_path_conditioning_is_a_minimum_that_rescaling_does_not_move(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(EXPERIMENTS))
+    from architectures import mlp
+    from conditioning import path_condition
+    from methods import arrays_of
+
+    import gsgd.torch
+    from gsgd.paths import path_kappa
+
+    torch.manual_seed(0)
+    model = mlp((5, 7, 6, 3), bias=True).double()
+    net, x, rng = gsgd.torch.trace(model), torch.rand(9, 5, dtype=torch.float64), np.random.default_rng(0)
+    arrays, function = arrays_of(model), model(x)
+
+    def divergence() -> float:
+        kappa = np.concatenate([k.ravel() for k in path_kappa(arrays, net).values()])
+        return kappa.size * np.log(kappa.sum()) - np.log(kappa).sum()
+
+    path_condition(arrays, net)
+    torch.testing.assert_close(model(x), function)
+    kept, least = {name: a.copy() for name, a in arrays.items()}, divergence()
+    for _ in range(20):
+        gsgd.rescale(arrays, net, 10 ** rng.uniform(-0.1, 0.1, net.num_units))
+        assert divergence() > least
+    gsgd.rescale(arrays, net, 10 ** rng.uniform(-2, 2, net.num_units))
+    path_condition(arrays, net)
+    for name, a in arrays.items():
+        np.testing.assert_allclose(a, kept[name], rtol=1e-4)
+
+
+def test_drift_is_of_path_values(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    """No rescaling moves them; with ten times the first layer's weights they are ten times as large."""
+    monkeypatch.syspath_prepend(str(EXPERIMENTS))
+    from drift import Paths
+    from methods import arrays_of
+    from plans import PLANS
+    from training import Training
+
+    import gsgd.torch
+
+    plan = PLANS["modern"]
+    run = next(iter(plan.runs(replace(plan.laptop, images=32, widths=(4,)), folder)))
+    training = Training(run, 1, torch.device("cpu"))
+    net = gsgd.torch.trace(training.model)
+    for rule in ("modulo", "largest"):
+        paths = Paths(training, rule)
+        gsgd.rescale(arrays_of(training.model), net, 10 ** np.random.default_rng(0).uniform(-1, 1, net.num_units))
+        drift, changed = paths.drift()
+        assert drift.max() < 1e-5
+        assert changed == 0
+    with torch.no_grad():
+        training.model[1].weight *= -10
+    drift, changed = paths.drift()
+    np.testing.assert_allclose(drift, 1, rtol=1e-5)
+    assert changed == 1
+
+
+def test_drift_of_each_rule(command: Command) -> None:
+    text = command("drift", *TEXTS)
+    found = re.findall(r"^\| ([^|]*) \| 0.03 \| (\w+) \|", text, re.MULTILINE)
+    assert found == [("AdamW", "modulo"), ("AdamW", "largest"), ("GAdam", "modulo"), ("GAdam, largest", "largest")]
+
+
 def test_throughput_is_relative_to_sgd(command: Command) -> None:
     text = command("throughput", "--rounds", "1", "--width", "1", "--batch", "2")
     assert text.count("| 1.000 |") >= 3
     assert text.count("G-SGD balanced") == 3
+    assert text.count("GAdam") == 2
 
 
 def test_the_paper_protocol_has_the_paper_s_scale(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -263,6 +328,9 @@ def test_results_of_other_settings_are_not_mixed(command: Command, capsys: pytes
     with pytest.raises(SystemExit):
         command(*arguments, "--epochs", "2")
     assert "epochs 1 there, 2 now" in capsys.readouterr().err
+    assert command(*arguments, "--seeds", "2", "--trained") == first.replace("seeds 1", "seeds 2").replace(
+        "1 seeds", "2 seeds"
+    )
     assert command(*arguments, "--seeds", "2").count("±") == first.count("±")
 
 
@@ -281,7 +349,10 @@ def test_one_line_alone(command: Command, capsys: pytest.CaptureFixture[str]) ->
     assert "SGD, He start" in command("path_sgd", *TINY)
     with pytest.raises(SystemExit):
         command("path_sgd", *TINY, "--only", "Adagrad")
-    assert "--only 'Adagrad'" in capsys.readouterr().err
+    assert "--only 'Adagrad', --without '': no setting" in capsys.readouterr().err
+    text = command("path_sgd", *TINY, "--without", "MNIST", "start")
+    assert text.count("| Path-SGD |") == 1
+    assert "SGD, He start" not in text
 
 
 @pytest.mark.parametrize(
