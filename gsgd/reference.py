@@ -122,12 +122,13 @@ class Plan:
         given = sum(g is not None and g.size > 0 for g in gradients)
         bounds = bounds_of(self._scale.c, [w.dtype for w in weights], given)
         with np.errstate(all="ignore"):
+            # in C order, in which sums have the same bits for any strides
             new, solution = step(
                 self._layout,
                 self._scale,
-                weights,
+                [np.ascontiguousarray(w) for w in weights],
                 gradients,
-                gradients if sums is None else sums,
+                [None if g is None else np.ascontiguousarray(g) for g in (gradients if sums is None else sums)],
                 None if norm is None else np.append(norm, 1.0),
                 list(zip(m, v, strict=True)),
                 [shared[tuple(row)] for row in rates.tolist()],
@@ -191,7 +192,8 @@ class Plan:
         of_edges = np.concatenate((d, np.full(self.units + 1, np.nan)))[t.owner]
         for i, (g, to) in enumerate(zip(gradients, out, strict=True)):
             source, destination, own = self._at_ends(i, a, b)
-            to[...] = set_edges(own, g.reshape(own.shape) / (source * destination), own.edges.of(np, of_edges))
+            new = (g.reshape(own.shape) / (source * destination)).reshape(g.shape)
+            to[...] = set_edges(own, new, own.edges.of(np, of_edges))
 
     def allocate(self, weights: list[Array], ratios: list[Array], out: list[Array]) -> None:
         """Weight allocation (section 4.3)."""
@@ -200,7 +202,6 @@ class Plan:
         rho = np.where(t.chain, ratio, 1.0)[t.root]
         for i, (w, r, to) in enumerate(zip(weights, ratios, out, strict=True)):
             source, _, own = self._at_ends(i, rho, rho)
-            new = w.reshape(own.shape) * r.reshape(own.shape) / source
-            old = w[own.index]
+            new = (w.reshape(own.shape) * r.reshape(own.shape) / source).reshape(w.shape)
             is_free = own.edges.of(np, t.owner) > self.units
-            to[...] = set_edges(own, new, np.where(is_free, old, new.reshape(w.shape)[own.index]))
+            to[...] = set_edges(own, new, np.where(is_free, w[own.index], new[own.index]))

