@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -45,9 +45,10 @@ Step = Callable[[], object]
 # networks
 
 
-def mlp(*widths: int) -> gsgd.Network:
-    """Dense layers without biases."""
-    return gsgd.Network.sequential([(out, read) for read, out in pairwise(widths)])
+def mlp(*widths: int, layout: Literal["oi", "io"] = "oi") -> gsgd.Network:
+    """Dense layers without biases, laid out as PyTorch's ("oi") or as those of JAX and Keras ("io")."""
+    shapes = [(out, read) if layout == "oi" else (read, out) for read, out in pairwise(widths)]
+    return gsgd.Network.sequential(shapes, layout=layout)
 
 
 def residual(width: int, depths: Sequence[int], *, stem: int, shortcuts: bool) -> gsgd.Network:
@@ -86,6 +87,8 @@ NETWORKS: dict[str, Callable[[], gsgd.Network]] = {
     "784-64x5-10": partial(mlp, 784, *5 * [64], 10),
     "784-512-512-10": partial(mlp, 784, 512, 512, 10),
     "784-1024x3-10": partial(mlp, 784, *3 * [1024], 10),
+    "784-512-512-10, io": partial(mlp, 784, 512, 512, 10, layout="io"),
+    "784-1024x3-10, io": partial(mlp, 784, *3 * [1024], 10, layout="io"),
     "4096x4096x4": partial(mlp, *5 * [4096]),
     "Plain-34": partial(residual, 16, (3, 4, 6, 3), stem=3, shortcuts=False),
     "ResNet-18": partial(residual, 64, (2, 2, 2, 2), stem=7, shortcuts=True),
@@ -94,7 +97,7 @@ NETWORKS: dict[str, Callable[[], gsgd.Network]] = {
 
 
 def normal(net: gsgd.Network, dtype: str, seed: int) -> dict[str, NDArray[Any]]:
-    """An array of normal deviates for every parameter, of variance 2 / fan-in, aligned as torch aligns tensors."""
+    """An array of normal deviates for every parameter, of variance 2 / fan-in (io: 2 / fan-out), aligned as torch's."""
     rng = np.random.default_rng(seed)
     arrays = {name: torch.empty(shape, dtype=getattr(torch, dtype)).numpy() for name, shape in net.shapes.items()}
     for a in arrays.values():
@@ -114,8 +117,9 @@ TORCH: dict[str, Callable[[list[torch.Tensor]], torch.optim.Optimizer]] = {
     "Adam": partial(torch.optim.Adam, lr=LR),
     "Adam fused": partial(torch.optim.Adam, lr=LR, fused=True),
 }
+FLOORS = {"floor": "SGD fused", "floor m": "SGD m fused"}  # a pass that reads what is summed, and this
 OTHERS = ("NumPy SGD", "optax SGD", "copy", "read")
-COLUMNS = ("G-SGD", "G-SGD torch", "G-SGD m", *(name for name in TORCH if name != "SGD"), *OTHERS)
+COLUMNS = ("G-SGD", "G-SGD torch", "G-SGD m", *FLOORS, *(name for name in TORCH if name != "SGD"), *OTHERS)
 
 
 def optional_module(name: str) -> Any:
@@ -154,6 +158,13 @@ def optax_step(weights: dict[str, NDArray[Any]], gradients: dict[str, NDArray[An
     return step
 
 
+def floor_step(tensors: Sequence[torch.Tensor], step: Step) -> None:
+    """The least that a step of G-SGD can be: it needs sums over all weights and gradients before it can write any."""
+    for p in tensors:
+        torch.dot(p.detach().view(-1), p.grad.view(-1))  # type: ignore[union-attr]
+    step()
+
+
 def contenders(net: gsgd.Network, dtype: str) -> tuple[dict[str, Step], Callable[[int], None]]:
     """What is timed, by name, all on the same weights and gradients; and how to set the number of threads."""
     weights, gradients = normal(net, dtype, 0), normal(net, dtype, 1)
@@ -171,6 +182,8 @@ def contenders(net: gsgd.Network, dtype: str) -> tuple[dict[str, Step], Callable
         "copy": partial(target.copy_, source),
         "read": partial(torch.dot, source, target),
     }
+    for name, after in FLOORS.items():
+        steps[name] = partial(floor_step, tensors, steps[after])
     if jax and optax:
         steps["optax SGD"] = optax_step(weights, gradients)
 

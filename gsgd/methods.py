@@ -266,10 +266,12 @@ METHODS: tuple[type[Method], ...] = (SGD, Adam, RMSprop)  # in the order of the 
 
 
 def number(name: str, x: Any) -> float:
-    """`x` as a float; a TypeError names it."""
+    """`x` as a float; a TypeError names it, or a ValueError an array of several numbers."""
     try:
         return float(x)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, RuntimeError):
+        if getattr(x, "shape", ()):
+            raise ValueError(f"{name}: expected a number, got an array of shape {tuple(x.shape)}") from None
         raise TypeError(f"{name}: expected a number, got {x!r}") from None
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
+from itertools import repeat
 from typing import Any, Unpack, overload
 
 import torch
@@ -12,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from gsgd.coordinates import Coordinates, fingerprint, set_to_one
-from gsgd.methods import Method
+from gsgd.methods import Method, number
 from gsgd.network import BatchNormMode, Network, Residual
 from gsgd.optimizer import Stats
 from gsgd.options import OptionArguments, Options, limit
@@ -304,7 +305,7 @@ class PathOptimizer(torch.optim.Optimizer):
         """
         if self.state or any(isinstance(g["lr"], Tensor) and g["lr"].device.type != "cpu" for g in self.param_groups):
             return False
-        if any(float(g["lr"]) != 0 for g in self.param_groups):
+        if any(number("lr", g["lr"]) != 0 for g in self.param_groups):
             return False
         given = (p.grad for g in self.param_groups for p in g["params"] if p.grad is not None)
         return not any(local(g).any() for g in given)
@@ -335,7 +336,8 @@ class PathOptimizer(torch.optim.Optimizer):
         if not any(has):
             return [None] * len(params)
         state = self.state
-        moments: Tensors = [state[p].get(name) if has[i] else None for p, i in zip(params, which, strict=True)]
+        states = map(state.get, params, repeat({}))
+        moments: Tensors = [s.get(name) if has[i] else None for s, i in zip(states, which, strict=True)]
         if any(x is None for x in moments):
             for k, (p, i) in enumerate(zip(params, which, strict=True)):
                 if has[i] and moments[k] is None:
@@ -379,6 +381,30 @@ class PathOptimizer(torch.optim.Optimizer):
             The state is of another method or of other parameters, or its "gsgd" is incomplete or of another network.
             Nothing has changed.
         """
+        names = [g["param_names"] for g in self.param_groups]
+        found: tuple[Coordinates, Stats | None]
+
+        def take(_: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+            nonlocal found
+            found = self._checked(state)
+            return matched(state, names)
+
+        def adopt(_: torch.optim.Optimizer) -> None:
+            for group, own in zip(self.param_groups, names, strict=True):
+                group["param_names"] = own  # those in the state may be of a wrapped model
+            (self._coordinates, stats), self._engine = found, None
+            self._plan, self._seen = None, ()
+            if stats is not None:
+                self._stats, self._calls = stats, stats.steps + stats.skipped
+
+        # after what the user's hooks make of the state, and before they look at what was loaded
+        before = self.register_load_state_dict_pre_hook(take)
+        after = self.register_load_state_dict_post_hook(adopt, prepend=True)
+        with before, after:
+            super().load_state_dict(dict(state_dict))
+
+    def _checked(self, state_dict: Mapping[str, Any]) -> tuple[Coordinates, Stats | None]:
+        """The coordinates to continue with, and the counts that the state has; an error where it does not fit."""
         held = held_moments(state_dict)
         if held and not {self.moments[1]} - {""} <= held <= {*self.moments}:
             raise ValueError(f"state_dict: of another method than {type(self).__name__}: it has {sorted(held)}")
@@ -389,14 +415,7 @@ class PathOptimizer(torch.optim.Optimizer):
                 "and its moments are of other coordinates",
             )
         self._make_engine(coordinates)  # refuses what are no trees
-        names = [g["param_names"] for g in self.param_groups]
-        super().load_state_dict(matched(state_dict, names))
-        for group, own in zip(self.param_groups, names, strict=True):
-            group["param_names"] = own  # those in the state may be of a wrapped model
-        self._coordinates, self._engine = coordinates, None
-        self._plan, self._seen = None, ()
-        if stats is not None:
-            self._stats, self._calls = stats, stats.steps + stats.skipped
+        return coordinates, stats
 
     def __getstate__(self) -> dict[str, Any]:
         kept = ("network", "_coordinates", "_options", "_engine_option", "_calls")

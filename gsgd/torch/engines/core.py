@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,8 @@ from gsgd.optimizer import Stats
 from gsgd.skeleton import batch_norm_gradients, explain, make_plan
 from gsgd.torch.engines.base import Engine, Tensors
 
+SHAPE, DTYPE = attrgetter("shape"), attrgetter("dtype")
+
 
 class CoreEngine(Engine):
     """Steps by the C core, on NumPy views of CPU tensors that are made once."""
@@ -28,7 +31,8 @@ class CoreEngine(Engine):
         views = {name: alias.numpy() for name, alias in zip(tensors, self.aliases, strict=True)}
         self.arrays = check_parameters(views, net, others=True)
         self.weights = list(self.arrays.values())
-        self.layouts = [(p.stride(), p.shape, p.dtype) for p in self.aliases]
+        self.strides = [p.stride() for p in self.aliases]
+        self.shapes, self.dtypes = [*map(SHAPE, self.aliases)], [*map(DTYPE, self.aliases)]
         self.trees = coordinates.edges
         if plan is None:
             plan, _ = make_plan(net, self.arrays, "c")
@@ -78,12 +82,17 @@ class CoreEngine(Engine):
         stats.clamped += clamped
 
     def addresses_of(self, gradients: Tensors) -> Any:
-        """Addresses will do where all gradients are laid out as their parameters."""
-        if all(
-            g is None or (g.stride() == stride and g.shape == shape and g.dtype is dtype and not g.is_neg())
-            for g, (stride, shape, dtype) in zip(gradients, self.layouts, strict=True)
+        """Addresses will do where all gradients are laid out as their parameters. There may be thousands: no loops."""
+        given = [p if g is None else g for g, p in zip(gradients, self.aliases, strict=True)]
+        if (
+            [*map(Tensor.stride, given)] == self.strides
+            and [*map(SHAPE, given)] == self.shapes
+            and [*map(DTYPE, given)] == self.dtypes
+            and not any(map(Tensor.is_neg, given))
         ):
-            return np.array([0 if g is None else g.data_ptr() for g in gradients], dtype=np.uintp)
+            addresses = np.array([*map(Tensor.data_ptr, given)], dtype=np.uintp)
+            addresses[[g is None for g in gradients]] = 0
+            return addresses
         return [None if g is None else g.resolve_neg().numpy() for g in gradients]
 
     def as_arrays(self, gradients: Tensors) -> list[NDArray[Any] | None]:
