@@ -46,7 +46,7 @@ test: .venv/dev build/core-sanitize build/core-sanitize-serial build/fuzz build/
 	cmp build/core.out build/core-serial.out
 	build/fuzz 0 500
 	build/mlp build/digits.bin
-	$(BIN)/pytest -q
+	$(BIN)/pytest -q -n 2 --dist loadfile
 	GSGD_EPOCHS=2 $(BIN)/pytest -q --nbmake notebooks
 
 fuzz: SEED := $(shell od -An -N4 -tu4 /dev/urandom | tr -d ' ')
