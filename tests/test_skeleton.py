@@ -62,6 +62,16 @@ def test_largest_takes_the_largest(backend: str) -> None:
         assert sk.out_edges[unit] == (after, (np.abs(w_out[:, i]).argmax(), i))
 
 
+def test_edges_are_of_the_first_layer_that_writes_and_the_last_that_reads(backend: str) -> None:
+    net = gsgd.Network()
+    x = net.input(2)
+    h = net.relu(net.add(net.dense("first", x, 3), net.dense("second", x, 3)))
+    net.output(net.add(net.dense("last but one", h, 2), net.dense("last", h, 2)))
+    sk = gsgd.Skeleton(net, {name: np.ones(shape) for name, shape in net.shapes.items()}, backend=backend)
+    assert [edge and edge[0] for edge in sk.in_edges] == ["first"] * 3
+    assert [edge and edge[0] for edge in sk.out_edges] == ["last"] * 3
+
+
 @given(models(), rules)
 def test_path_values_and_gradients(backend: str, model: Model, rule: Rule) -> None:
     sk, structure = skeleton(model, rule, backend)
