@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from architectures import Case, Inputs, images
 from models import Call
 from torch import nn
+from written import Case, Inputs, images
 
 
 def library(name: str) -> Any:

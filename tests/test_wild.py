@@ -18,9 +18,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from architectures import ARCHITECTURES, Case, Inputs
 from shipped import LARGE, SHIPPED
 from torch import Tensor, nn
+from written import ARCHITECTURES, Case, Inputs
 
 from gsgd import Network
 from gsgd.torch import GSGD, rescale, trace, verify
