@@ -121,6 +121,12 @@ PRODUCTS: dict[str, tuple[Op, dict[str, tuple[int, ...]], int, set[str]]] = {
         0,
         {"w"},
     ),
+    "looked up, with padding": (
+        lambda m, h: h + F.embedding(torch.tensor([3, 1, 0, 3]), m.w, padding_idx=0),
+        {"w": (5, 6)},
+        0,
+        {"w"},
+    ),
     "bags": (
         lambda m, h: h * F.embedding_bag(torch.arange(8).view(4, 2) % 5, m.w, mode="max").sigmoid()
         + F.embedding_bag(torch.arange(8), m.v, torch.arange(0, 8, 2), per_sample_weights=torch.ones(8), mode="sum"),

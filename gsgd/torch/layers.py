@@ -95,6 +95,8 @@ def embedding(
     scale_grad_by_freq: bool = False,
     sparse: bool = False,
 ) -> Nodes:
+    if padding_idx is not None:
+        raise NotUnderstood("gradients skip the row of padding_idx")
     if is_continuous(places) or max_norm is not None or scale_grad_by_freq or sparse:
         raise NotUnderstood("of this form")
     labels = (*range(out.ndim - 1), "channel")
