@@ -6,6 +6,7 @@ import pickle
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
+from itertools import cycle
 from typing import Any
 
 import numpy as np
@@ -105,6 +106,13 @@ def medium() -> gsgd.Network:
     h = net.relu(net.dense("d1", net.flatten(h, 5, "channels_last"), 37, layout="io"))
     net.output(net.dense("d2", h, 33, bias="b2"))
     return net
+
+
+def test_strides_may_change_from_step_to_step(backend: str) -> None:
+    net, turns = medium(), cycle(LAYOUTS)
+    for dtype in (np.float32, np.float64):
+        desired = train(he(net, dtype), net, backend=backend)
+        assert same(train(he(net, dtype), net, lambda g: next(turns)(g), backend=backend), desired)
 
 
 @pytest.mark.parametrize("of_gradients", LAYOUTS)
