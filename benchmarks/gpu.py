@@ -16,7 +16,7 @@ from itertools import pairwise
 import numpy as np
 import torch
 import torch.nn.functional as F
-from report import markdown, write_section
+from tables import markdown, write_section
 from torch import Tensor, nn
 from tqdm import tqdm
 

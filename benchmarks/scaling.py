@@ -11,8 +11,8 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from report import README, markdown, write_section
 from step import LR, mlp, normal, take_turn
+from tables import README, markdown, write_section
 from tqdm import tqdm
 
 import gsgd

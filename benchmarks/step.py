@@ -28,7 +28,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from report import markdown, write_section
+from tables import markdown, write_section
 from tqdm import tqdm
 
 import gsgd

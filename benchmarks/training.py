@@ -20,7 +20,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from report import markdown, write_section
+from tables import markdown, write_section
 from torch import Tensor, nn
 from tqdm import tqdm
 
