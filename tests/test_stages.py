@@ -16,7 +16,8 @@ def net() -> gsgd.Network:
     h = net.relu(net.conv("conv1", net.input(3), 4, (3, 3), bias="bias1"))
     r = net.relu(net.conv("conv2", h, 4, (3, 3), groups=2))
     joined = net.concat(net.flatten(net.add(h, r), 4), net.flatten(r, 2, order="channels_last"))
-    net.output(net.dense("fc", joined, 5))
+    hidden = net.relu(net.dense("fc2", net.relu(net.dense("fc1", joined, 5)), 5))
+    net.output(net.dense("fc3", hidden, 5))
     return net
 
 
