@@ -55,6 +55,37 @@ def test_every_entry_knows_its_units_and_every_unit_its_edges(model: Model) -> N
 
 
 @given(model=models(), data=st.data())
+def test_a_part_of_the_arrays_has_the_units_and_edges_of_the_whole(model: Model, data: st.DataObject) -> None:
+    t, _ = of(model)
+    units = model.net.num_units
+    held = []
+    for name, w in model.params.items():
+        some = [data.draw(st.sets(st.integers(0, n - 1)), label=name) for n in w.shape]
+        held.append(tuple(np.array(sorted(x), dtype=np.int64) for x in some))
+    here = layout.part(t, held)
+    for w, own, a, b in zip(model.params.values(), held, t.arrays, here.arrays, strict=True):
+        of_units = []
+        for whole, part, tables in ((a.rows, b.rows, (t.rows, here.rows)), (a.cols, b.cols, (t.cols, here.cols))):
+            ids = np.full(a.shape, units) if whole is None else np.broadcast_to(whole.of(np, tables[0]), a.shape)
+            found = np.full(b.shape, units) if part is None else np.broadcast_to(part.of(np, tables[1]), b.shape)
+            of_units.append(ids.reshape(w.shape)[np.ix_(*own)] if own else ids)
+            np.testing.assert_array_equal(found, of_units[-1])
+        edges = [
+            {
+                (owner, *index)
+                for owner, *index in zip(x.edges.of(np, y.owner).tolist(), *map(list, x.index), strict=True)
+            }
+            for x, y in ((a, t), (b, here))
+        ]
+        inside = {(v, *index) for v, *index in edges[0] if all(i in k for i, k in zip(index, own, strict=True))}
+        assert inside == {(v, *(int(k[i]) for i, k in zip(index, own, strict=True))) for v, *index in edges[1]}
+        owners = b.edges.of(np, here.owner)
+        for places, span, expected in ((b.chain, b.rows, owners <= units), (b.free, b.cols, owners > units)):
+            numbers = [] if places is None else sorted(places.edge[places.edge >= 0])
+            assert numbers == (np.flatnonzero(expected).tolist() if span is not None else [])
+
+
+@given(model=models(), data=st.data())
 def test_lines_are_the_array_as_it_lies_in_memory(model: Model, data: st.DataObject) -> None:
     t, _ = of(model)
     for i, (name, w) in enumerate(model.params.items()):
