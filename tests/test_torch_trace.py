@@ -776,6 +776,8 @@ def test_what_is_left_out_takes_plain_steps() -> None:
     verify(model, net, x)
     unused = Call(lambda m, x: m.i(x), i=nn.Linear(5, 2), j=nn.Linear(5, 2))
     assert trace(unused, leave_out="j").plain == {"j.weight": "left out", "j.bias": "left out"}
+    near = Call(lambda m, x: m.i1(m.i(x)), i=nn.Linear(5, 2), i1=nn.Linear(2, 2))
+    assert trace(near, leave_out="i").plain == {"i.weight": "left out", "i.bias": "left out"}
     for names, message in (
         ("2.wieght", r"leave_out: nothing is named '2.wieght'.*'2.weight'"),
         (["0", "conv1"], "leave_out: nothing is named 'conv1'"),
@@ -856,6 +858,7 @@ def test_a_block_of_a_transformer(grouped: bool, norm: Any) -> None:
         (lambda m, h: h.mT.softmax(-1)[:4] @ h @ m.own, 6),
         (lambda m, h: F.scaled_dot_product_attention(h, h, h), 0),
         (lambda m, h: F.scaled_dot_product_attention(m.own[:4], m.own[2:], h), 6),
+        (lambda m, h: F.scaled_dot_product_attention(m.own, m.own, h.mT).mT, 0),
         (lambda m, h: F.scaled_dot_product_attention(m.own[:4], m.own[2:], h, h[:, :4]), 2),
     ],
 )
