@@ -73,6 +73,11 @@ PRODUCTS: dict[str, tuple[Op, dict[str, tuple[int, ...]], int]] = {
     "gated by a ReLU": (lambda p, h: jax.nn.relu(h @ p["v"]) * (h @ p["w"]), {"v": (6, 6), "w": (6, 6)}, 12),
     "low rank": (lambda p, h: h @ p["w"] + h @ p["a"] @ p["b"], {"w": (6, 6), "a": (6, 2), "b": (2, 6)}, 14),
     "masked by products": (lambda p, h: -h * (h > 0), {}, 6),
+    "windows of one, moved by one": (
+        lambda p, h: lax.reduce_window(h, 0.0, lax.add, (1, 1), (1, 1), ((0, 0), (1, -1))),
+        {},
+        1,
+    ),
     "masked by where": (lambda p, h: jnp.where(-h > 0, h, jnp.zeros_like(h)), {}, 6),
     "masked by maximum": (lambda p, h: jnp.maximum(-h, 0.0), {}, 6),
     "masked above its mean": (lambda p, h: h * (h > h.mean(1, keepdims=True)), {}, 1),

@@ -145,6 +145,18 @@ PRODUCTS: dict[str, tuple[Op, dict[str, tuple[int, ...]], int, set[str]]] = {
     "divided by its mean": (lambda m, h: h / (h.mean(0) + 1), {}, 0, NONE),
     "gated by a half": (lambda m, h: F.glu(h @ m.w, 1), {"w": (6, 12)}, 12, NONE),
     "masked by a product": (lambda m, h: -h * (h > 0), {}, 6, NONE),
+    "a sum with some zeros": (
+        lambda m, h: (h @ m.w).relu() + torch.cat((h[:, :3], h.new_zeros(4, 3)), 1),
+        {"w": (6, 6)},
+        9,
+        NONE,
+    ),
+    "one of two": (
+        lambda m, h: torch.where(h[:, :1] > 0, h @ m.v, h @ m.w),
+        {"w": (6, 6), "v": (6, 6)},
+        12,
+        NONE,
+    ),
     "masked by where": (lambda m, h: torch.where(-h > 0, h, torch.zeros_like(h)), {}, 6, NONE),
     "masked by a number": (lambda m, h: (-h).masked_fill(h <= 0, 0), {}, 6, NONE),
     "masked in place": (lambda m, h: zeroed(h), {}, 6, NONE),
