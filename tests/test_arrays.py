@@ -115,6 +115,22 @@ def test_strides_may_change_from_step_to_step(backend: str) -> None:
         assert same(train(he(net, dtype), net, lambda g: next(turns)(g), backend=backend), desired)
 
 
+def test_clipping_may_begin_and_end_between_steps(backend: str) -> None:
+    """What the core has cut into pieces for the step before is cut again."""
+    net = medium()
+    params = he(net, np.float64)
+    opt = gsgd.GSGD(params, net, lr=0.01, backend=backend)
+    for clip_norm in (None, 0.1, None, 0.1):
+        grads = {name: np.sin(np.arange(w.size)).reshape(w.shape) for name, w in params.items()}
+        fresh = {name: w.copy() for name, w in params.items()}
+        other = gsgd.GSGD(fresh, net, lr=0.01, clip_norm=clip_norm, backend=backend)
+        opt.clip_norm = clip_norm
+        other.load_state_dict(opt.state_dict())
+        other.step(grads)
+        opt.step(grads)
+        assert same(params, fresh)
+
+
 @pytest.mark.parametrize("of_gradients", LAYOUTS)
 @pytest.mark.parametrize("of_params", LAYOUTS)
 def test_strides_do_not_matter(
