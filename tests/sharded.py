@@ -1,4 +1,4 @@
-"""One of the processes of test_torch_sharded.py: ``sharded.py DIRECTORY RANK WORLD``."""
+"""One of the processes of test_torch_sharded.py: ``sharded.py DIRECTORY RANK``."""
 
 from __future__ import annotations
 
@@ -392,16 +392,24 @@ SCENARIOS: dict[int, dict[str, Callable[[DeviceMesh, Path], dict[str, Any]]]] = 
 }
 
 
-def main(folder: Path, rank: int, world: int) -> None:
+def group(meet: Path, rank: int, world: int) -> DeviceMesh:
+    """The first of the processes, which meet by a new file, as a mesh."""
+    dist.init_process_group("gloo", init_method=f"file://{meet}", rank=rank, world_size=world)
+    return init_device_mesh("cpu", (world,))
+
+
+def main(folder: Path, rank: int) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder / f'meet{world}'}", rank=rank, world_size=world)
-    mesh = init_device_mesh("cpu", (world,))
-    found = {name: scenario(mesh, folder) for name, scenario in SCENARIOS[world].items()}
-    torch.save(found, folder / f"{world}-{rank}.pt")
-    if world == 2:
-        torch.save({**found, "death": death(mesh)}, folder / f"{world}-{rank}.pt")
-    dist.destroy_process_group()
+    for world, scenarios in SCENARIOS.items():
+        if rank < world:
+            mesh = group(folder / f"meet{world}", rank, world)
+            found = {name: scenario(mesh, folder) for name, scenario in scenarios.items()}
+            torch.save(found, folder / f"{world}-{rank}.pt")
+            dist.destroy_process_group()
+    if rank < 2:
+        torch.save(death(group(folder / "death", rank, 2)), folder / "death.pt")
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
+    main(Path(sys.argv[1]), int(sys.argv[2]))

@@ -13,30 +13,32 @@ from sharded import METHODS, SCENARIOS
 PROGRAM = Path(__file__).with_name("sharded.py")
 
 
-def run(folder: Path, world: int) -> list[dict[str, Any]]:
-    """What each of `world` processes has found."""
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the processes have written."""
+    folder = tmp_path_factory.mktemp("sharded")
     runs = [
         subprocess.Popen(
-            [sys.executable, "-W", "ignore", str(PROGRAM), str(folder), str(rank), str(world)],
-            stderr=subprocess.PIPE,
-            text=True,
+            [sys.executable, "-W", "ignore", str(PROGRAM), str(folder), str(rank)], stderr=subprocess.PIPE, text=True
         )
-        for rank in range(world)
+        for rank in range(max(SCENARIOS))
     ]
     try:
         errors = [run.communicate(timeout=400)[1] for run in runs]
     finally:
         for process in runs:
             process.kill()
-    assert [process.returncode for process in runs] == [0] * world, errors
-    return [torch.load(folder / f"{world}-{rank}.pt", weights_only=False) for rank in range(world)]
+    assert [process.returncode for process in runs] == [0] * len(runs), errors
+    return folder
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict[str, Any]]]:
-    """By number of processes; the third loads what two have saved."""
-    folder = tmp_path_factory.mktemp("sharded")
-    return {world: run(folder, world) for world in SCENARIOS}
+def found(folder: Path) -> dict[int, list[dict[str, Any]]]:
+    """What each process has found, by the number of processes that took part; three load what two have saved."""
+    return {
+        world: [torch.load(folder / f"{world}-{rank}.pt", weights_only=False) for rank in range(world)]
+        for world in SCENARIOS
+    }
 
 
 COMPARED = [
@@ -90,9 +92,10 @@ def test_zero_candidates_and_dead_units(found: dict[int, list[dict[str, Any]]]) 
     assert result["difference"] < 1e-12
 
 
-def test_a_process_that_ends_is_an_error_of_the_others(found: dict[int, list[dict[str, Any]]]) -> None:
+def test_a_process_that_ends_is_an_error_of_the_others(folder: Path) -> None:
     """Torch's own, and nothing is written."""
-    assert re.search("[Cc]onnection|peer|closed|reset", found[2][0]["death"]), found[2][0]["death"]
+    said = torch.load(folder / "death.pt")
+    assert re.search("[Cc]onnection|peer|closed|reset", said), said
 
 
 def test_failures(found: dict[int, list[dict[str, Any]]]) -> None:
