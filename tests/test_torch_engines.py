@@ -13,7 +13,7 @@ from torch_models import Net, assert_close, backward, example, make, momenta, tr
 
 import gsgd
 from gsgd.torch import GSGD, trace
-from gsgd.torch.engines import ArrayEngine
+from gsgd.torch.engines import ArrayEngine, Step
 
 
 def test_engines(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -160,7 +160,7 @@ def test_a_step_stays_on_its_device(monkeypatch: pytest.MonkeyPatch, device: str
                 wait(gradients[0])
         methods = [gsgd.methods.SGD(0.05, 0.9, True, 0.1)]
         which, stats = [0] * len(tensors), gsgd.optimizer.Stats()
-        engine.step(gradients, (momenta, [None] * len(tensors)), methods, which, (10.0, 1.0), 1, stats)
+        engine.step(Step(gradients, (momenta, [None] * len(tensors)), methods, which, 10.0, 1.0, 1, stats))
     storages = {x.untyped_storage()._cdata for x in written}
     assert all(x.untyped_storage()._cdata in storages for x in (*engine.aliases, *momenta) if x.numel())
     assert stats.steps.device.type == stats.clamped.device.type == device

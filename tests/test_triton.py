@@ -30,6 +30,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 from triton.runtime import interpreter
 
 from gsgd.torch.engines import triton as engine
+from gsgd.torch.engines.base import Step
 from gsgd.torch.engines.triton_part import TritonPart
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -391,7 +392,7 @@ def test_parts_of_the_arrays_take_the_step_of_the_whole(method: str, clip_norm: 
                 None if p.grad is None else p.grad[np.ix_(*index)].to(DEVICE)
                 for p, index in zip(params.values(), here, strict=True)
             ]
-            steps.append(own.begin(cut, kept, [kind], [0] * len(cut), limits, counted))
+            steps.append(own.begin(Step(cut, kept, [kind], [0] * len(cut), *limits, 1, counted)))
         sum_up([own.gather(step) for own, step in zip(parts, steps, strict=True)])
         if clip_norm is not None:
             sum_up([own.squares(step) for own, step in zip(parts, steps, strict=True)])

@@ -18,6 +18,7 @@ from gsgd.layout import network_layout
 from gsgd.optimizer import Stats
 from gsgd.torch import GSGD, GAdam, GRMSprop
 from gsgd.torch.engines import triton as engine
+from gsgd.torch.engines.base import Step
 from gsgd.torch.engines.triton_part import TritonPart
 
 TYPES = {
@@ -54,9 +55,10 @@ def launch_parts(opt: Any) -> None:
     own = TritonPart(opt.network, opt._coordinates, tensors, layout, layout, [True] * len(tensors))
     moments = [[opt.state[p].get(name) for p in tensors.values()] for name in opt.moments]
     gradients, groups = [p.grad for p in tensors.values()], [0] * len(tensors)
-    step = own.begin(gradients, moments, [opt._method(opt.param_groups[0])], groups, (2.0, math.inf), Stats())
-    own.gather(step)
-    own.solve(step)
+    methods = [opt._method(opt.param_groups[0])]
+    begun = own.begin(Step(gradients, moments, methods, groups, 2.0, math.inf, 1, Stats()))
+    own.gather(begun)
+    own.solve(begun)
 
 
 def main() -> None:

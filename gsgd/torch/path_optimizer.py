@@ -19,7 +19,7 @@ from gsgd.optimizer import Stats
 from gsgd.options import OptionArguments, Options, limit
 from gsgd.skeleton import Skeleton
 from gsgd.threads import usable_threads
-from gsgd.torch.engines import Engine, EngineName, EngineOption, Tensors, as_real, check_engine, choose
+from gsgd.torch.engines import Engine, EngineName, EngineOption, Step, Tensors, as_real, check_engine, choose
 from gsgd.torch.parameters import EXPECTED, Closure, Owner, Params, named_network, refuse_unsupported
 from gsgd.torch.shard_coordinates import find_coordinates
 from gsgd.torch.shard_coordinates import join as join_shards
@@ -238,10 +238,7 @@ class PathOptimizer(torch.optim.Optimizer):
         gradients = engine.as_reals([p.grad for p in engine.params])
         if any(g is None for g in gradients):
             self._warn_of_frozen(engine)
-        maximize = [g["maximize"] for g in self.param_groups]
-        if any(maximize):
-            pairs = zip(gradients, self._group_of, strict=True)
-            gradients = [-g if g is not None and maximize[i] else g for g, i in pairs]
+        gradients = self._downhill(gradients)
         methods, which = self._methods(engine, gradients)
         first, second = self.moments
         moments = (
@@ -251,9 +248,18 @@ class PathOptimizer(torch.optim.Optimizer):
         if not settles:
             self._count(engine, [None] * len(gradients))
             return loss
-        threads = usable_threads(self._options.threads or torch.get_num_threads())
-        limits = (limit(self._options.max_ratio), limit(self._options.clip_norm))
-        engine.step(gradients, moments, methods, which, limits, threads, self._stats)
+        engine.step(
+            Step(
+                gradients,
+                moments,
+                methods,
+                which,
+                max_ratio=limit(self._options.max_ratio),
+                clip_norm=limit(self._options.clip_norm),
+                threads=usable_threads(self._options.threads or torch.get_num_threads()),
+                stats=self._stats,
+            )
+        )
         self._calls += 1
         self._count(engine, gradients)
         if is_due(self._calls):
@@ -323,6 +329,21 @@ class PathOptimizer(torch.optim.Optimizer):
     def _method(self, group: Mapping[str, Any]) -> Method:
         """The method with a group's hyperparameters; ValueError where they are not right."""
         return self.method(**{name: group[name] for name in self.method.names()})
+
+    def _downhill(self, gradients: Tensors) -> Tensors:
+        """Gradients with the other sign where a group maximizes: one operation for all of a kind."""
+        maximize = [g["maximize"] for g in self.param_groups]
+        if not any(maximize):
+            return gradients
+        by_kind: dict[tuple[type, torch.dtype], dict[int, Tensor]] = {}
+        for i, (g, group) in enumerate(zip(gradients, self._group_of, strict=True)):
+            if g is not None and maximize[group]:
+                by_kind.setdefault((type(g), g.dtype), {})[i] = g
+        found = list(gradients)
+        for uphill in by_kind.values():
+            for i, g in zip(uphill, torch._foreach_neg([*uphill.values()]), strict=True):
+                found[i] = g
+        return found
 
     def _methods(self, engine: Engine, gradients: Tensors) -> tuple[list[Method], list[int]]:
         """Hyperparameters, and which of them are those of each parameter."""

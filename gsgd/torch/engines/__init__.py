@@ -11,7 +11,7 @@ from torch import Tensor
 from gsgd.coordinates import Coordinates
 from gsgd.network import Network
 from gsgd.torch.engines.array import ArrayEngine
-from gsgd.torch.engines.base import CountingEngine, Engine, EngineName, Tensors, Unsupported, as_real
+from gsgd.torch.engines.base import CountingEngine, Engine, EngineName, Step, Tensors, Unsupported, as_real
 from gsgd.torch.engines.core import CoreEngine
 from gsgd.torch.engines.sharded import ShardedArrayEngine, ShardedCoreEngine, ShardedTritonEngine
 from gsgd.torch.shards import any_sharded
@@ -23,6 +23,7 @@ __all__ = [
     "Engine",
     "EngineName",
     "EngineOption",
+    "Step",
     "Tensors",
     "as_real",
     "check_engine",

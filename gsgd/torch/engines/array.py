@@ -12,11 +12,9 @@ from torch import Tensor
 from gsgd import stages
 from gsgd.coordinates import Coordinates
 from gsgd.layout import convert, join, network_layout
-from gsgd.methods import Method
 from gsgd.network import Network
-from gsgd.optimizer import Stats
 from gsgd.skeleton import batch_norm_gradients
-from gsgd.torch.engines.base import CountingEngine, Tensors, to_device
+from gsgd.torch.engines.base import CountingEngine, Step, to_device
 
 Group = tuple[int, ...]
 
@@ -45,20 +43,11 @@ class ArrayEngine(CountingEngine):
         self.vectors: dict[tuple[int, Group], tuple[list[Any], Tensor]] = {}
         self._arrange([0] * len(self.aliases), [True] * len(self.aliases))  # refuses what are no trees
 
-    def step(
-        self,
-        gradients: Tensors,
-        moments: tuple[Tensors, Tensors],
-        methods: list[Method],
-        which: list[int],
-        limits: tuple[float, float],
-        threads: int,
-        stats: Stats,
-    ) -> None:
-        found, sums, norm = batch_norm_gradients(self.net, self.arrays, self.checked(gradients), self.edges[0])
+    def step(self, step: Step) -> None:
+        gradients, methods, which = self.checked(step.gradients), step.methods, step.which
+        found, sums, norm = batch_norm_gradients(self.net, self.arrays, gradients, self.edges[0])
         norm = None if norm is None else torch.cat((norm, torch.ones_like(norm[:1])))
         self._arrange(which, [g is not None for g in gradients])
-        max_ratio, clip_norm = limits
         new, solution = stages.step(
             self.layout,
             self.scale,
@@ -66,16 +55,16 @@ class ArrayEngine(CountingEngine):
             [self._of(found, group) for group in self.groups],
             [self._of(sums, group) for group in self.groups],
             norm,
-            [(self._moment(0, moments[0], group), self._moment(1, moments[1], group)) for group in self.groups],
+            [(self._moment(0, group, step), self._moment(1, group, step)) for group in self.groups],
             [methods[which[group[0]]] for group in self.groups],
-            max_ratio,
-            None if math.isinf(clip_norm) else clip_norm,
+            step.max_ratio,
+            None if math.isinf(step.clip_norm) else step.clip_norm,
             self.bounds,
         )
         for own, (value, _) in zip(self.weights, new, strict=True):
             if isinstance(own, list):
                 torch._foreach_copy_(own, torch.split(value, [x.numel() for x in own]))
-        self.count(solution.finite, solution.clamped, gradients, stats)
+        self.count(solution.finite, solution.clamped, step)
 
     def _arrange(self, which: list[int], given: list[bool]) -> None:
         """Join the arrays that take a step alike, vectors first: several of these are like one."""
@@ -119,8 +108,9 @@ class ArrayEngine(CountingEngine):
         """A tensor's entries in the order in which those of parameter i lie in memory."""
         return x.permute(_in_memory(self.aliases[i])).reshape(-1)
 
-    def _moment(self, kind: int, moments: Tensors, group: Group) -> Tensor | None:
+    def _moment(self, kind: int, group: Group, step: Step) -> Tensor | None:
         """The moments of a group; those that are joined become views of a vector."""
+        moments = step.moments[kind]
         own: list[Any] = [moments[i] for i in group]
         if len(own) == 1 or own[0] is None:
             return moments[group[0]]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, TypeAlias
 
 import numpy as np
@@ -12,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from gsgd.entries import real_type
-from gsgd.methods import Method
+from gsgd.methods import Method, Number
 from gsgd.network import Network
 from gsgd.optimizer import Stats
 
@@ -42,6 +43,38 @@ def to_device(device: torch.device) -> Callable[[NDArray[Any]], Tensor]:
 
 class Unsupported(ValueError):
     """Why an engine can't take these parameters."""
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """What a step is taken with.
+
+    Attributes
+    ----------
+    gradients : list of Tensor or None
+        Of every parameter, real; None where it has none.
+    moments : pair of such lists
+        First and second moments, which are updated in place.
+    methods : list of Method
+        With their hyperparameters.
+    which : list of int
+        Of every parameter, which of `methods` is its own.
+    max_ratio, clip_norm : float or Tensor
+        The limits of path ratios and of the norm of dl/dx; infinity for none.
+    threads : int
+        How many the C core may use.
+    stats : Stats
+        Where the step is counted.
+    """
+
+    gradients: Tensors
+    moments: tuple[Tensors, Tensors]
+    methods: list[Method]
+    which: list[int]
+    max_ratio: Number
+    clip_norm: Number
+    threads: int
+    stats: Stats
 
 
 class Engine:
@@ -89,27 +122,8 @@ class Engine:
         written = zip(self.params, gradients, self.following, strict=True)
         torch.autograd.graph.increment_version([p for p, g, follows in written if follows or g is not None])
 
-    def step(
-        self,
-        gradients: Tensors,
-        moments: tuple[Tensors, Tensors],
-        methods: list[Method],
-        which: list[int],
-        limits: tuple[float, float],
-        threads: int,
-        stats: Stats,
-    ) -> None:
-        """Update the parameters and their moments in place, and count.
-
-        Parameters
-        ----------
-        gradients, moments
-            Real, in the order of `params`; None where a parameter has none.
-        methods, which
-            Methods with their hyperparameters, and which of them is that of each parameter.
-        limits
-            `max_ratio` and `clip_norm`; infinity for none.
-        """
+    def step(self, step: Step) -> None:
+        """Update the parameters and their moments in place, and count."""
         raise NotImplementedError
 
 
@@ -128,14 +142,15 @@ class CountingEngine(Engine):
         self.stats: Stats | None = None
         self.one = torch.ones((), dtype=real_type(xp, device), device=device)
 
-    def count(self, finite: Tensor, clamped: Tensor, gradients: Tensors, stats: Stats) -> None:
+    def count(self, finite: Tensor, clamped: Tensor, step: Step) -> None:
         """Count a step, as taken where everything was finite, or as left out."""
+        stats = step.stats
         if self.stats is not stats:
             counts = self.counts[:3]
             counts.copy_(torch.tensor([int(stats.steps), int(stats.clamped), int(stats.skipped)]))
             stats.steps, stats.clamped, stats.skipped = counts.unbind()  # type: ignore[assignment]
             self.stats = stats
-        given = [g is not None for g in gradients]
+        given = [g is not None for g in step.gradients]
         if given != self.given:
             self.taken.copy_(torch.tensor([1, 0, 0, *given]))
             self.given = given

@@ -12,11 +12,9 @@ from torch import Tensor
 
 from gsgd.arrays import check_parameters
 from gsgd.coordinates import Coordinates
-from gsgd.methods import Method
 from gsgd.network import Network
-from gsgd.optimizer import Stats
 from gsgd.skeleton import batch_norm_gradients, explain, make_plan
-from gsgd.torch.engines.base import Engine, Tensors
+from gsgd.torch.engines.base import Engine, Step, Tensors
 
 SHAPE, DTYPE = attrgetter("shape"), attrgetter("dtype")
 
@@ -46,16 +44,8 @@ class CoreEngine(Engine):
         self.which: list[int] = []
         self.rates = np.zeros((0, 0))
 
-    def step(
-        self,
-        gradients: Tensors,
-        moments: tuple[Tensors, Tensors],
-        methods: list[Method],
-        which: list[int],
-        limits: tuple[float, float],
-        threads: int,
-        stats: Stats,
-    ) -> None:
+    def step(self, step: Step) -> None:
+        gradients, which = step.gradients, step.which
         sums = norm = None
         if self.approximates:
             found, sums, norm = batch_norm_gradients(self.net, self.arrays, self.as_arrays(gradients), self.trees[0])
@@ -64,22 +54,24 @@ class CoreEngine(Engine):
                 found = self.addresses_of(gradients)
             except (RuntimeError, TypeError):  # a sparse tensor has no strides, NumPy no bfloat16
                 found = self.as_arrays(gradients)
-        addresses = [[None if x is None else x.data_ptr() for x in kind] for kind in moments]
+        addresses = [[None if x is None else x.data_ptr() for x in kind] for kind in step.moments]
         if addresses != self.addresses:  # a view keeps its memory, so that no other tensor can have its address
             self.addresses = addresses
-            self.views = [[None if x is None else x.detach().numpy() for x in kind] for kind in moments]
-        rows = [tuple(map(float, o.row)) for o in methods]
+            self.views = [[None if x is None else x.detach().numpy() for x in kind] for kind in step.moments]
+        rows = [tuple(map(float, o.row)) for o in step.methods]
         if rows != self.rows or which != self.which:
             self.rows, self.which = rows, which
             self.rates = np.array(rows, dtype=np.float64)[which]
         try:
-            clamped = self.plan.step(self.weights, found, sums, norm, *self.views, self.rates, *limits, threads)
+            clamped = self.plan.step(
+                self.weights, found, sums, norm, *self.views, self.rates, step.max_ratio, step.clip_norm, step.threads
+            )
         except FloatingPointError as error:
             seen = self.as_arrays(gradients)
             raise FloatingPointError(explain(self.net, self.trees, self.arrays, seen, error.args[0])) from None
         self.tell_autograd(gradients)
-        stats.steps += 1
-        stats.clamped += clamped
+        step.stats.steps += 1
+        step.stats.clamped += clamped
 
     def addresses_of(self, gradients: Tensors) -> Any:
         """Addresses will do where all gradients are laid out as their parameters. There may be thousands: no loops."""

@@ -17,10 +17,8 @@ from gsgd import stages
 from gsgd.coordinates import Coordinates
 from gsgd.core_shard import shard_plan
 from gsgd.layout import Layout, convert, network_layout, part
-from gsgd.methods import Method
 from gsgd.network import Network
-from gsgd.optimizer import Stats
-from gsgd.torch.engines.base import CountingEngine, Engine, EngineName, Tensors, to_device
+from gsgd.torch.engines.base import CountingEngine, Engine, EngineName, Step, Tensors, to_device
 from gsgd.torch.shards import Shards, local
 
 
@@ -56,34 +54,16 @@ class ShardedEngine(Engine):
             found.append(None if g is None else local(g))
         return self.checked(found)
 
-    def step(
-        self,
-        gradients: Tensors,
-        moments: tuple[Tensors, Tensors],
-        methods: list[Method],
-        which: list[int],
-        limits: tuple[float, float],
-        threads: int,
-        stats: Stats,
-    ) -> None:
-        first, second = ([None if x is None else local(x) for x in kind] for kind in moments)
-        self.step_here(self.local_gradients(gradients), (first, second), methods, which, limits, threads, stats)
-        self.tell_autograd(gradients)
+    def step(self, step: Step) -> None:
+        first, second = ([None if x is None else local(x) for x in kind] for kind in step.moments)
+        self.step_here(replace(step, gradients=self.local_gradients(step.gradients), moments=(first, second)))
+        self.tell_autograd(step.gradients)
 
     def take(self, whole: Layout, here: Layout, coordinates: Coordinates) -> None:
         """Make the tables of what is here."""
         raise NotImplementedError
 
-    def step_here(
-        self,
-        gradients: Tensors,
-        moments: tuple[Tensors, Tensors],
-        methods: list[Method],
-        which: list[int],
-        limits: tuple[float, float],
-        threads: int,
-        stats: Stats,
-    ) -> None:
+    def step_here(self, step: Step) -> None:
         """The step, of what is here."""
         raise NotImplementedError
 
@@ -100,37 +80,28 @@ class ShardedCoreEngine(ShardedEngine, CountingEngine):
         has_edges = coordinates.in_edges[:, 0] >= 0
         self.trees = np.stack([np.append(0.0, np.where(has_edges, w, 0.0)) for w in coordinates.scale[:2]])
 
-    def step_here(
-        self,
-        gradients: Tensors,
-        moments: tuple[Tensors, Tensors],
-        methods: list[Method],
-        which: list[int],
-        limits: tuple[float, float],
-        threads: int,
-        stats: Stats,
-    ) -> None:
-        g, m, v = ([None if x is None else x.resolve_neg().numpy() for x in kind] for kind in (gradients, *moments))
-        clip_norm = limits[1]
+    def step_here(self, step: Step) -> None:
+        kinds = (step.gradients, *step.moments)
+        g, m, v = ([None if x is None else x.resolve_neg().numpy() for x in kind] for kind in kinds)
 
         def total() -> NDArray[np.float64]:
-            found = self.plan.gather(self.weights, g, None, m, v, clip_norm, self.trees, threads)
+            found = self.plan.gather(self.weights, g, None, m, v, step.clip_norm, self.trees, step.threads)
             self.shards.total(torch.from_numpy(found)[: _rows(m, v)])
             return found
 
         found = total()
-        if math.isfinite(clip_norm) and not np.array_equal(found[:2, 1:], self.trees[:, 1:]):
+        if math.isfinite(step.clip_norm) and not np.array_equal(found[:2, 1:], self.trees[:, 1:]):
             self.trees = found[:2]  # something else has written weights, and the norm was relative to those before
             found = total()
-        rates = np.array([tuple(map(float, o.row)) for o in methods])[which]
+        rates = np.array([tuple(map(float, o.row)) for o in step.methods])[step.which]
         try:
-            solved, clamped = self.plan.solve(found, None, rates, *limits)
+            solved, clamped = self.plan.solve(found, None, rates, step.max_ratio, step.clip_norm)
         except FloatingPointError:
-            self.count(torch.tensor(False), torch.tensor(0), gradients, stats)
+            self.count(torch.tensor(False), torch.tensor(0), step)
             return
-        self.plan.apply(self.weights, g, m, v, rates, solved, threads)
+        self.plan.apply(self.weights, g, m, v, rates, solved, step.threads)
         self.trees = solved[:2]
-        self.count(torch.tensor(True), torch.tensor(clamped), gradients, stats)
+        self.count(torch.tensor(True), torch.tensor(clamped), step)
 
 
 class ShardedTritonEngine(ShardedEngine):
@@ -145,23 +116,14 @@ class ShardedTritonEngine(ShardedEngine):
         self.part = TritonPart(self.net, coordinates, tensors, whole, here, self.shards.counts)
         self.steps_taken = self.part.steps_taken
 
-    def step_here(
-        self,
-        gradients: Tensors,
-        moments: tuple[Tensors, Tensors],
-        methods: list[Method],
-        which: list[int],
-        limits: tuple[float, float],
-        threads: int,
-        stats: Stats,
-    ) -> None:
+    def step_here(self, step: Step) -> None:
         with self.part.on_device():
-            step = self.part.begin(gradients, moments, methods, which, limits, stats)
-            self.shards.total(self.part.gather(step))
-            if step.clips:
-                self.shards.total(self.part.squares(step))
-            self.part.solve(step)
-            self.part.apply(step)
+            begun = self.part.begin(step)
+            self.shards.total(self.part.gather(begun))
+            if begun.clips:
+                self.shards.total(self.part.squares(begun))
+            self.part.solve(begun)
+            self.part.apply(begun)
 
 
 class ShardedArrayEngine(ShardedEngine, CountingEngine):
@@ -179,31 +141,22 @@ class ShardedArrayEngine(ShardedEngine, CountingEngine):
         self.absent = self.whole.edge == len(self.whole.owner)
         self.bounds = stages.bounds_of(self.scale.c, [p.dtype for p in self.aliases], 1)
 
-    def step_here(
-        self,
-        gradients: Tensors,
-        moments: tuple[Tensors, Tensors],
-        methods: list[Method],
-        which: list[int],
-        limits: tuple[float, float],
-        threads: int,
-        stats: Stats,
-    ) -> None:
-        weights, pairs = self.aliases, list(zip(*moments, strict=True))
+    def step_here(self, step: Step) -> None:
+        weights, gradients, pairs = self.aliases, step.gradients, list(zip(*step.moments, strict=True))
         found = self.total(stages.gather(self.counted, weights, gradients, pairs))
         ab = stages.relative(self.whole, self.scale, found.weights)
-        max_ratio, clip_norm = limits
         squares = None
-        if math.isfinite(clip_norm):
+        if math.isfinite(step.clip_norm):
             counted = [g if counts else None for g, counts in zip(gradients, self.shards.counts, strict=True)]
             squares = self.shards.total(stages.sum_of_squares(self.counted, ab, counted))
-        taken = [None if g is None else methods[i] for g, i in zip(gradients, which, strict=True)]
-        solution = stages.solve(self.whole, ab, found, None, squares, taken, self.bounds, max_ratio, clip_norm)
-        own = [methods[i] for i in which]
+        own = [step.methods[i] for i in step.which]
+        taken = [None if g is None else o for g, o in zip(gradients, own, strict=True)]
+        limits = (step.max_ratio, step.clip_norm)
+        solution = stages.solve(self.whole, ab, found, None, squares, taken, self.bounds, *limits)
         factors = stages.spread(self.here, solution, weights, own)
         for a, f, *rest in zip(self.here.arrays, factors, weights, gradients, pairs, own, strict=True):
             stages.apply(a, f, solution.finite, *rest)
-        self.count(solution.finite, solution.clamped, gradients, stats)
+        self.count(solution.finite, solution.clamped, step)
 
     def total(self, found: stages.Gathered) -> stages.Gathered:
         """What all processes have gathered, by one all-reduce."""

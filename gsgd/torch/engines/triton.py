@@ -17,11 +17,10 @@ from torch import Tensor
 
 from gsgd.coordinates import Coordinates
 from gsgd.layout import IN, OUT, Layout, lines, network_layout
-from gsgd.methods import Method
 from gsgd.network import Network
 from gsgd.optimizer import Stats
 from gsgd.torch.engines import triton_kernels as kernels
-from gsgd.torch.engines.base import Engine, Tensors, Unsupported
+from gsgd.torch.engines.base import Engine, Step, Tensors, Unsupported
 
 TYPES = {
     torch.float64: tl.float64,
@@ -321,7 +320,7 @@ class Gathered:
 
 
 @dataclass(frozen=True, eq=False)
-class Step:
+class Begun:
     """A step that has begun: tables on the device, gradients that they point to, and what is fixed in the kernels.
 
     `of_units` is the table of arrays that solve reads; `copies` are moments, and the copies that the kernels write.
@@ -416,59 +415,42 @@ class TritonEngine(Engine):
         """Where kernels are launched."""
         return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
 
-    def step(
-        self,
-        gradients: Tensors,
-        moments: tuple[Tensors, Tensors],
-        methods: list[Method],
-        which: list[int],
-        limits: tuple[Any, Any],
-        threads: int,
-        stats: Stats,
-    ) -> None:
+    def step(self, step: Step) -> None:
         with self.on_device():
-            step = self.begin(gradients, moments, methods, which, limits, stats)
-            if step.clips:
-                self.solve_for(step, products=True)
-            self.gather_sums(step, step.clips)
-            if step.clips:
-                self.solve_for(step, sums=True)
-            self.solve_for(step, products=not step.clips, sums=not step.clips, ratios=True)
-            self.apply(step)
-        self.tell_autograd(gradients)
+            begun = self.begin(step)
+            if begun.clips:
+                self.solve_for(begun, products=True)
+            self.gather_sums(begun, begun.clips)
+            if begun.clips:
+                self.solve_for(begun, sums=True)
+            self.solve_for(begun, products=not begun.clips, sums=not begun.clips, ratios=True)
+            self.apply(begun)
+        self.tell_autograd(step.gradients)
 
-    def begin(
-        self,
-        gradients: Tensors,
-        moments: tuple[Tensors, Tensors],
-        methods: list[Method],
-        which: list[int],
-        limits: tuple[Any, Any],
-        stats: Stats,
-    ) -> Step:
+    def begin(self, step: Step) -> Begun:
         """Upload what a step needs and what is not on the device yet."""
-        self._follow(stats)
-        found = self._laid_out(self._apart(gradients))
-        m, v = (self._laid_out(kind) for kind in moments)
+        self._follow(step.stats)
+        found = self._laid_out(self._apart(step.gradients))
+        m, v = (self._laid_out(kind) for kind in step.moments)
         # empty tensors have no address, but are there
         pointers = [[0 if x is None else x.data_ptr() or 1 for x in kind] for kind in (found, m, v)]
-        arrays = self._write(self.arrays, self.addresses, *pointers, which, self.tables.kinds, self.sizes)
+        arrays = self._write(self.arrays, self.addresses, *pointers, step.which, self.tables.kinds, self.sizes)
         copies = [
             (x, copy)
-            for kind, own in zip(moments, (m, v), strict=True)
+            for kind, own in zip(step.moments, (m, v), strict=True)
             for x, copy in zip(kind, own, strict=True)
             if x is not None and copy is not None and copy is not x
         ]
-        return Step(
+        return Begun(
             arrays=arrays,
             of_units=arrays,
-            rates=self._write_rates(methods, limits),
+            rates=self._write_rates(step),
             gradients=found,
             copies=copies,
-            method=methods[0].row.method,
+            method=step.methods[0].row.method,
             has_m=any(pointers[1]),
-            decays=any(isinstance(o.weight_decay, Tensor) or o.weight_decay != 0 for o in methods),
-            clips=isinstance(limits[1], Tensor) or math.isfinite(limits[1]),
+            decays=any(isinstance(o.weight_decay, Tensor) or o.weight_decay != 0 for o in step.methods),
+            clips=isinstance(step.clip_norm, Tensor) or math.isfinite(step.clip_norm),
         )
 
     @staticmethod
@@ -500,10 +482,10 @@ class TritonEngine(Engine):
             for x, p in zip(tensors, self.aliases, strict=True)
         ]
 
-    def _write_rates(self, methods: list[Method], limits: tuple[Any, Any]) -> Tensor:
+    def _write_rates(self, step: Step) -> Tensor:
         """The table of rates. What is on the device already is copied there."""
-        values = list(limits)
-        for row in (m.row for m in methods):
+        values = [step.max_ratio, step.clip_norm]
+        for row in (o.row for o in step.methods):
             values += [getattr(row, name) for name in kernels.RATES]
         if self.rates is None or len(self.rates.table) != len(values):
             self.rates = Upload(len(values), torch.float64, self.device)
@@ -519,40 +501,40 @@ class TritonEngine(Engine):
         t = self.tables
         return t.ids, t.links, t.places, self.found, self.net.num_units
 
-    def gather_sums(self, step: Step, clips: bool) -> None:
+    def gather_sums(self, begun: Begun, clips: bool) -> None:
         """Sums of w g in parts; with `clips`, of squares of dl/dx, for which A and B have to be known."""
         for launch in self.tables.launches:
             first, last = launch.gather
             if last > first:
                 self.launch(
-                    kernels.gather, last - first, 8, step.arrays, len(self.params), self.tables.sheets,
+                    kernels.gather, last - first, 8, begun.arrays, len(self.params), self.tables.sheets,
                     self.tables.gather_tiles, first, *self._net, self.gathered.partial, self.gathered.wrong,
                     self.gathered.squares, CLIP=clips, **self._tile(launch.dtype),
                 )  # fmt: skip
 
-    def solve_for(self, step: Step, *, products: bool = False, sums: bool = False, ratios: bool = False) -> None:
+    def solve_for(self, begun: Begun, *, products: bool = False, sums: bool = False, ratios: bool = False) -> None:
         """A and B; dl/dx of chains; path ratios."""
         s = self.solved_from
         self.launch(
-            kernels.solve, self.programs, 4, step.of_units, len(self.params), self.tables.ids, s.links, s.places,
-            self.found, self.net.num_units, self.tables.scale, s.part_first, s.part_of, s.partial, step.rates,
-            self.counts, s.wrong, s.tiles, s.squares, self.solved, self.clip, METHOD=step.method, HAS_M=step.has_m,
-            TYPES=s.types, PRODUCTS=products, SUMS=sums, RATIOS=ratios, CLIP=step.clips,
+            kernels.solve, self.programs, 4, begun.of_units, len(self.params), self.tables.ids, s.links, s.places,
+            self.found, self.net.num_units, self.tables.scale, s.part_first, s.part_of, s.partial, begun.rates,
+            self.counts, s.wrong, s.tiles, s.squares, self.solved, self.clip, METHOD=begun.method, HAS_M=begun.has_m,
+            TYPES=s.types, PRODUCTS=products, SUMS=sums, RATIOS=ratios, CLIP=begun.clips,
             SINGLE=any(p.dtype != torch.float64 for p in self.aliases), UNITS=self.tiling.units,
             PARTS=self.tiling.parts,
         )  # fmt: skip
 
-    def apply(self, step: Step) -> None:
+    def apply(self, begun: Begun) -> None:
         """New weights and moments, and counts, unless something was not finite."""
         for launch in self.tables.launches:
             first, last = launch.apply
             self.launch(
-                kernels.apply, min(last - first, self.tiling.programs), 8, step.arrays, len(self.params),
-                self.tables.sheets, self.tables.apply_tiles, first, last, *self._net, step.rates, self.counts,
-                self.solved, self.programs, self.clip, self.counted, METHOD=step.method, HAS_M=step.has_m,
-                DECAYS=step.decays, CLIP=step.clips, **self._tile(launch.dtype),
+                kernels.apply, min(last - first, self.tiling.programs), 8, begun.arrays, len(self.params),
+                self.tables.sheets, self.tables.apply_tiles, first, last, *self._net, begun.rates, self.counts,
+                self.solved, self.programs, self.clip, self.counted, METHOD=begun.method, HAS_M=begun.has_m,
+                DECAYS=begun.decays, CLIP=begun.clips, **self._tile(launch.dtype),
             )  # fmt: skip
-        for x, copy in step.copies:
+        for x, copy in begun.copies:
             x.copy_(copy)
 
     def _tile(self, dtype: torch.dtype) -> dict[str, Any]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 import triton.language as tl
@@ -12,12 +11,10 @@ from torch import Tensor
 
 from gsgd.coordinates import Coordinates
 from gsgd.layout import Layout
-from gsgd.methods import Method
 from gsgd.network import Network
-from gsgd.optimizer import Stats
 from gsgd.torch.engines import triton_kernels as kernels
-from gsgd.torch.engines.base import Tensors
-from gsgd.torch.engines.triton import Gathered, Step, TritonEngine, Upload
+from gsgd.torch.engines.base import Step
+from gsgd.torch.engines.triton import Begun, Gathered, TritonEngine, Upload
 
 
 class TritonPart(TritonEngine):
@@ -25,12 +22,12 @@ class TritonPart(TritonEngine):
 
     On every process, within ``on_device()`` (`sum_up` adds a tensor up over all processes, in place)::
 
-        step = part.begin(gradients, moments, methods, which, limits, stats)
-        sum_up(part.gather(step))
-        if step.clips:
-            sum_up(part.squares(step))
-        part.solve(step)
-        part.apply(step)
+        begun = part.begin(step)
+        sum_up(part.gather(begun))
+        if begun.clips:
+            sum_up(part.squares(begun))
+        part.solve(begun)
+        part.apply(begun)
 
     Whether a gradient is None is the same on all processes, though its part may be empty.
 
@@ -83,40 +80,30 @@ class TritonPart(TritonEngine):
         )
         self.of_units = Upload(7 * count, torch.int64, device)
 
-    def begin(
-        self,
-        gradients: Tensors,
-        moments: tuple[Tensors, Tensors],
-        methods: list[Method],
-        which: list[int],
-        limits: tuple[Any, Any],
-        stats: Stats,
-    ) -> Step:
-        step = super().begin(gradients, moments, methods, which, limits, stats)
-        none = [0] * len(gradients)
-        given = [
-            [0 if x is None else at for x in kind] for kind, at in zip((gradients, *moments), self.vectors, strict=True)
-        ]
-        return replace(step, of_units=self._write(self.of_units, none, *given, which, none, [8] * len(none)))
+    def begin(self, step: Step) -> Begun:
+        begun = super().begin(step)
+        none, kinds = [0] * len(step.which), (step.gradients, *step.moments)
+        given = [[0 if x is None else at for x in kind] for kind, at in zip(kinds, self.vectors, strict=True)]
+        return replace(begun, of_units=self._write(self.of_units, none, *given, step.which, none, [8] * len(none)))
 
-    def gather(self, step: Step) -> Tensor:
+    def gather(self, begun: Begun) -> Tensor:
         """What has to be added up over all parts: six numbers per unit and one more, float64, (6 (H + 1) + 1,)."""
-        self.gather_sums(step, clips=False)
+        self.gather_sums(begun, clips=False)
         own, tiling = self.gathered, self.tiling
         self.launch(
-            kernels.collect, self.programs, 4, step.arrays, len(self.params), own.links, own.places,
+            kernels.collect, self.programs, 4, begun.arrays, len(self.params), own.links, own.places,
             self.net.num_units, own.part_first, own.part_of, own.partial, own.wrong, own.tiles, self.sums,
             TYPES=own.types, UNITS=tiling.units, PARTS=tiling.parts,
         )  # fmt: skip
         return self.sums
 
-    def squares(self, step: Step) -> Tensor:
+    def squares(self, begun: Begun) -> Tensor:
         """With `clip_norm`, what has to be added up over all parts next: the sum of (dl/dx)^2, float64, (1,)."""
-        self.solve_for(step, products=True, sums=True)
-        self.gather_sums(step, clips=True)
+        self.solve_for(begun, products=True, sums=True)
+        self.gather_sums(begun, clips=True)
         total = self.solved_from.squares[:1]
         return torch.sum(self.gathered.squares[: self.gathered.tiles], 0, keepdim=True, out=total)
 
-    def solve(self, step: Step) -> None:
+    def solve(self, begun: Begun) -> None:
         """Path ratios, from the sums of all parts."""
-        self.solve_for(step, products=not step.clips, sums=not step.clips, ratios=True)
+        self.solve_for(begun, products=not begun.clips, sums=not begun.clips, ratios=True)
