@@ -10,6 +10,9 @@ BlockTuple = tuple[
     int, tuple[int, ...], tuple[int, ...], tuple[int, ...], int, int, NDArray[np.int64], NDArray[np.int64]
 ]
 
+def takes(type: type, /) -> bool: ...  # whether tensors of a type may stand in lists of arrays
+def lie_at(tensors: list[Any], arrays: list[Any], /) -> bool: ...  # whether these have the same memory
+
 class Plan:
     def __new__(cls, units: int, specs: list[Spec], blocks: list[BlockTuple], /) -> Plan: ...
     def choose_trees(
@@ -34,7 +37,7 @@ class Plan:
     def step(
         self,
         weights: list[Any],
-        gradients: list[Any] | NDArray[np.uintp],  # addresses of buffers that are laid out as the weights; 0 for none
+        gradients: list[Any],
         sums: list[Any] | None,
         norm: NDArray[np.float64] | None,
         m: list[Any],
@@ -45,10 +48,10 @@ class Plan:
         threads: int,
         /,
     ) -> int: ...
-    def gather(  # an empty shard has a gradient, too: an array of size 0, or any address that is not 0
+    def gather(  # an empty shard has a gradient, too: an array of size 0
         self,
         weights: list[Any],
-        gradients: list[Any] | NDArray[np.uintp],
+        gradients: list[Any],
         sums: list[Any] | None,
         m: list[Any],
         v: list[Any],
@@ -69,7 +72,7 @@ class Plan:
     def apply(
         self,
         weights: list[Any],
-        gradients: list[Any] | NDArray[np.uintp],
+        gradients: list[Any],
         m: list[Any],
         v: list[Any],
         rates: NDArray[np.float64],

@@ -2,40 +2,103 @@
  */
 #define NO_IMPORT_ARRAY
 #include "arguments.h"
+#include "dlpack.h"
 
 #include <math.h>
 #include <stdlib.h>
 
 static int type_number(gsgd_type type) { return type == GSGD_FLOAT32 ? NPY_FLOAT32 : NPY_FLOAT64; }
 
-/* Fill role `role` from a contiguous array of addresses: buffers that are laid out as the weights are; 0 for
- * none. Nothing but their alignment can be checked. */
-static const gsgd_array *take_addresses(Plan *self, PyArrayObject *list, int role, const char *what) {
-    gsgd_array *arrays = self->array + role * self->arrays;
-    if (PyArray_NDIM(list) != 1 || PyArray_DIM(list, 0) != self->arrays || !PyArray_IS_C_CONTIGUOUS(list) ||
-        !PyArray_ISBEHAVED_RO(list)) {
-        PyErr_Format(PyExc_ValueError, "%s: expected %zd contiguous addresses", what,
-                     (Py_ssize_t)self->arrays);
-        return NULL;
-    }
-    const uintptr_t *address = PyArray_DATA(list);
-    for (ptrdiff_t i = 0; i < self->arrays; ++i) {
-        size_t size = self->spec[i].type == GSGD_FLOAT32 ? sizeof(float) : sizeof(double);
-        if (address[i] % size) {
-            PyErr_Format(PyExc_ValueError, "%s of %R: expected an aligned address", what, self->spec[i].name);
-            return NULL;
-        }
-        arrays[i] = (gsgd_array){(void *)address[i], address[i] ? self->array[i].strides : NULL};
-    }
-    return arrays;
+/* How tensors tell where they lie; a type is asked once for all of its tensors that follow each other. */
+typedef struct {
+    PyTypeObject *type;
+    const dlpack_exchange *exchange; /* NULL: they do not */
+} source;
+
+static void know(source *from, PyTypeObject *type) {
+    if (from->type == type)
+        return;
+    PyObject *capsule = PyObject_GetAttrString((PyObject *)type, "__dlpack_c_exchange_api__");
+    const dlpack_exchange *found =
+        capsule != NULL ? PyCapsule_GetPointer(capsule, "dlpack_exchange_api") : NULL;
+    Py_XDECREF(capsule);
+    PyErr_Clear();
+    while (found != NULL && found->major != DLPACK_MAJOR)
+        found = found->older;
+    *from = (source){type, found != NULL && found->view != NULL ? found : NULL};
 }
 
-/* Fill role `role` from a list of arrays as the specs say; NULL with an exception set. Where they are
- * OPTIONAL an item may be None; where ADDRESSES will do, an array of dtype uintp may stand for the list. */
+/* Whether it has this number of axes and is of float32 or float64, as `size` says, on the CPU. */
+static int is_real(const dlpack_tensor *t, int ndim, size_t size) {
+    return t->device.type == DLPACK_CPU && t->dtype.code == DLPACK_FLOAT && t->dtype.bits == 8 * size &&
+           t->dtype.lanes == 1 && t->ndim == ndim;
+}
+
+PyObject *gsgd_takes(PyObject *module, PyObject *type) {
+    (void)module;
+    source from = {NULL, NULL};
+    if (PyType_Check(type))
+        know(&from, (PyTypeObject *)type);
+    return PyBool_FromLong(from.exchange != NULL);
+}
+
+PyObject *gsgd_lie_at(PyObject *module, PyObject *args) {
+    (void)module;
+    PyObject *tensors, *arrays;
+    source from = {NULL, NULL};
+    if (!PyArg_ParseTuple(args, "O!O!", &PyList_Type, &tensors, &PyList_Type, &arrays))
+        return NULL;
+    int same = PyList_Size(tensors) == PyList_Size(arrays);
+    for (Py_ssize_t i = 0; same && i < PyList_Size(tensors); ++i) {
+        PyObject *item = PyList_GetItem(tensors, i);
+        PyArrayObject *a = (PyArrayObject *)PyList_GetItem(arrays, i);
+        dlpack_tensor t;
+        know(&from, Py_TYPE(item));
+        same = PyArray_Check((PyObject *)a) && from.exchange != NULL && from.exchange->view(item, &t) == 0;
+        PyErr_Clear();
+        size_t size = same ? (size_t)PyArray_ITEMSIZE(a) : 0;
+        same = same && PyArray_ISFLOAT(a) && is_real(&t, PyArray_NDIM(a), size) &&
+               (PyArray_SIZE(a) == 0 || (char *)t.data + t.byte_offset == PyArray_BYTES(a));
+        for (int d = 0; same && d < PyArray_NDIM(a); ++d)
+            same = t.shape[d] == PyArray_DIM(a, d) &&
+                   (t.shape[d] == 1 || t.strides[d] * (ptrdiff_t)size == PyArray_STRIDE(a, d));
+    }
+    return PyBool_FromLong(same);
+}
+
+/* Fill array `i` of role `role` from a tensor. */
+static int take_tensor(Plan *self, PyObject *item, const source *from, ptrdiff_t i, int role,
+                       const char *what, size_t size) {
+    const spec *s = &self->spec[i];
+    ptrdiff_t *strides = self->strides + (role * self->arrays + i) * MAX_NDIM;
+    dlpack_tensor t;
+    if (from->exchange == NULL) {
+        PyErr_Format(PyExc_TypeError, "%s of %R: expected a NumPy array, got %R", what, s->name, from->type);
+        return 0;
+    }
+    if (from->exchange->view(item, &t) != 0)
+        return 0;
+    int fits = is_real(&t, s->ndim, size);
+    for (int d = 0; fits && d < s->ndim; ++d) {
+        fits = t.shape[d] == s->shape[d];
+        strides[d] = t.strides[d];
+    }
+    char *data = t.data != NULL ? (char *)t.data + t.byte_offset : (char *)strides; /* empty, but there */
+    if (!fits || (uintptr_t)data % size) {
+        PyErr_Format(PyExc_ValueError,
+                     "%s of %R: expected a tensor of its shape, of float%zd on the CPU, aligned", what,
+                     s->name, (Py_ssize_t)(8 * size));
+        return 0;
+    }
+    self->array[role * self->arrays + i] = (gsgd_array){data, strides};
+    return 1;
+}
+
+/* Fill role `role` from a list of arrays or tensors as the specs say; NULL with an exception set. Where they
+ * are OPTIONAL an item may be None. Whether a tensor may be written to can't be checked. */
 const gsgd_array *gsgd_take_arrays(Plan *self, PyObject *list, int role, const char *what, int flags) {
     gsgd_array *arrays = self->array + role * self->arrays;
-    if (flags & ADDRESSES && PyArray_Check(list) && PyArray_TYPE((PyArrayObject *)list) == NPY_UINTP)
-        return take_addresses(self, (PyArrayObject *)list, role, what);
+    source from = {NULL, NULL};
     if (!PyList_Check(list) || PyList_Size(list) != self->arrays) {
         PyErr_Format(PyExc_TypeError, "%s: expected a list of %zd arrays", what, (Py_ssize_t)self->arrays);
         return NULL;
@@ -47,13 +110,15 @@ const gsgd_array *gsgd_take_arrays(Plan *self, PyObject *list, int role, const c
             arrays[i] = (gsgd_array){NULL, NULL};
             continue;
         }
+        int number = flags & AS_FLOAT64 ? NPY_FLOAT64 : type_number(s->type);
+        ptrdiff_t size = number == NPY_FLOAT32 ? sizeof(float) : sizeof(double);
         if (!PyArray_Check(item)) {
-            PyErr_Format(PyExc_TypeError, "%s of %R: expected a NumPy array, got %R", what, s->name,
-                         (PyObject *)Py_TYPE(item));
-            return NULL;
+            know(&from, Py_TYPE(item));
+            if (!take_tensor(self, item, &from, i, role, what, (size_t)size))
+                return NULL;
+            continue;
         }
         PyArrayObject *a = (PyArrayObject *)item;
-        int number = flags & AS_FLOAT64 ? NPY_FLOAT64 : type_number(s->type);
         if (PyArray_TYPE(a) != number || !PyArray_ISBEHAVED_RO(a)) {
             PyErr_Format(PyExc_TypeError, "%s of %R: expected dtype %s in native byte order, aligned, got %R",
                          what, s->name, number == NPY_FLOAT32 ? "float32" : "float64",
@@ -79,7 +144,6 @@ const gsgd_array *gsgd_take_arrays(Plan *self, PyObject *list, int role, const c
             return NULL;
         }
         ptrdiff_t *strides = self->strides + (role * self->arrays + i) * MAX_NDIM;
-        ptrdiff_t size = number == NPY_FLOAT32 ? sizeof(float) : sizeof(double);
         for (int d = 0; d < s->ndim; ++d) {
             if (PyArray_DIM(a, d) > 1 && PyArray_STRIDE(a, d) % size) {
                 PyErr_Format(PyExc_ValueError, "%s of %R: expected strides that are multiples of %zd bytes",

@@ -17,7 +17,7 @@ enum { MAX_NDIM = 8, NUM_RATES = 10 };
 enum { WEIGHTS, GRADIENTS, SUMS, FIRST_MOMENTS, SECOND_MOMENTS, MAX_ROLES };
 
 /* How take_arrays checks a list. */
-enum { AS_FLOAT64 = 1, WRITABLE = 2, OPTIONAL = 4, ADDRESSES = 8 };
+enum { AS_FLOAT64 = 1, WRITABLE = 2, OPTIONAL = 4 };
 
 /* What must have been called before. */
 typedef enum { NOTHING, TREES, REFERENCE } stage;
@@ -51,6 +51,12 @@ typedef struct {
     span *written;      /* (3, arrays): what a step writes, by address */
     atomic_long busy;   /* the process whose thread uses the plan, or 0 */
 } Plan;
+
+/* Whether tensors of a type may stand in lists of arrays. */
+PyObject *gsgd_takes(PyObject *module, PyObject *type);
+
+/* Whether each of a list of tensors has the memory of its array: address, shape, strides and dtype. */
+PyObject *gsgd_lie_at(PyObject *module, PyObject *args);
 
 const gsgd_array *gsgd_take_arrays(Plan *self, PyObject *list, int role, const char *what, int flags);
 

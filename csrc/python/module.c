@@ -263,8 +263,7 @@ typedef struct {
 static int take_step(Plan *self, step_arrays *x, int writes) {
     int moments = OPTIONAL | writes;
     return (x->w = gsgd_take_arrays(self, x->weights, WEIGHTS, "parameter", writes)) != NULL &&
-           (x->g = gsgd_take_arrays(self, x->gradients, GRADIENTS, "gradient", OPTIONAL | ADDRESSES)) !=
-               NULL &&
+           (x->g = gsgd_take_arrays(self, x->gradients, GRADIENTS, "gradient", OPTIONAL)) != NULL &&
            (x->s = x->sums == Py_None
                        ? x->g
                        : gsgd_take_arrays(self, x->sums, SUMS, "summed gradient", OPTIONAL)) != NULL &&
@@ -515,6 +514,12 @@ static int exec_module(PyObject *module) {
     return failed ? -1 : 0;
 }
 
+static PyMethodDef module_methods[] = {
+    {"takes", gsgd_takes, METH_O, "takes(type) -> whether tensors of it may stand in lists of arrays"},
+    {"lie_at", gsgd_lie_at, METH_VARARGS, "lie_at(tensors, arrays) -> whether these have the same memory"},
+    {NULL, NULL, 0, NULL},
+};
+
 static PyModuleDef_Slot module_slots[] = {
     {Py_mod_exec, exec_module},
 #ifdef Py_mod_gil
@@ -524,10 +529,8 @@ static PyModuleDef_Slot module_slots[] = {
 };
 
 static struct PyModuleDef module = {
-    PyModuleDef_HEAD_INIT,
-    .m_name = "_core",
-    .m_doc = "The C core of gsgd.",
-    .m_slots = module_slots,
+    PyModuleDef_HEAD_INIT, .m_name = "_core",           .m_doc = "The C core of gsgd.",
+    .m_size = 0,           .m_methods = module_methods, .m_slots = module_slots,
 };
 
 PyMODINIT_FUNC PyInit__core(void) { return PyModuleDef_Init(&module); }

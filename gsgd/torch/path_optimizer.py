@@ -236,8 +236,6 @@ class PathOptimizer(torch.optim.Optimizer):
             self._settle()
         engine = self._current_engine()
         gradients = engine.as_reals([p.grad for p in engine.params])
-        if any(g is None for g in gradients):
-            self._warn_of_frozen(engine)
         gradients = self._downhill(gradients)
         methods, which = self._methods(engine, gradients)
         first, second = self.moments
@@ -248,18 +246,19 @@ class PathOptimizer(torch.optim.Optimizer):
         if not settles:
             self._count(engine, [None] * len(gradients))
             return loss
-        engine.step(
-            Step(
-                gradients,
-                moments,
-                methods,
-                which,
-                max_ratio=limit(self._options.max_ratio),
-                clip_norm=limit(self._options.clip_norm),
-                threads=usable_threads(self._options.threads or torch.get_num_threads()),
-                stats=self._stats,
-            )
+        step = Step(
+            gradients,
+            moments,
+            methods,
+            which,
+            max_ratio=limit(self._options.max_ratio),
+            clip_norm=limit(self._options.clip_norm),
+            threads=usable_threads(self._options.threads or torch.get_num_threads()),
+            stats=self._stats,
         )
+        if step.is_partial:
+            self._warn_of_frozen(engine)
+        engine.step(step)
         self._calls += 1
         self._count(engine, gradients)
         if is_due(self._calls):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, ClassVar, Literal, TypeAlias
 
 import numpy as np
@@ -76,6 +77,11 @@ class Step:
     threads: int
     stats: Stats
 
+    @cached_property
+    def is_partial(self) -> bool:
+        """Whether a parameter has no gradient."""
+        return any([g is None for g in self.gradients])
+
 
 class Engine:
     """The parameters in the order of `tensors`, with real tensors that share their memory as it is now."""
@@ -117,10 +123,13 @@ class Engine:
                 raise ValueError(f"gradient of {name!r}: expected shape {tuple(p.shape)}, got {tuple(g.shape)}")
         return gradients
 
-    def tell_autograd(self, gradients: Tensors) -> None:
+    def tell_autograd(self, step: Step) -> None:
         """It did not see what was written by address."""
-        written = zip(self.params, gradients, self.following, strict=True)
-        torch.autograd.graph.increment_version([p for p, g, follows in written if follows or g is not None])
+        written = self.params
+        if step.is_partial:
+            own = zip(self.params, step.gradients, self.following, strict=True)
+            written = [p for p, g, follows in own if follows or g is not None]
+        torch.autograd.graph.increment_version(written)
 
     def step(self, step: Step) -> None:
         """Update the parameters and their moments in place, and count."""

@@ -57,7 +57,7 @@ class ShardedEngine(Engine):
     def step(self, step: Step) -> None:
         first, second = ([None if x is None else local(x) for x in kind] for kind in step.moments)
         self.step_here(replace(step, gradients=self.local_gradients(step.gradients), moments=(first, second)))
-        self.tell_autograd(step.gradients)
+        self.tell_autograd(step)
 
     def take(self, whole: Layout, here: Layout, coordinates: Coordinates) -> None:
         """Make the tables of what is here."""

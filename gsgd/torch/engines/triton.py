@@ -425,7 +425,7 @@ class TritonEngine(Engine):
                 self.solve_for(begun, sums=True)
             self.solve_for(begun, products=not begun.clips, sums=not begun.clips, ratios=True)
             self.apply(begun)
-        self.tell_autograd(step.gradients)
+        self.tell_autograd(step)
 
     def begin(self, step: Step) -> Begun:
         """Upload what a step needs and what is not on the device yet."""
