@@ -122,6 +122,23 @@ def test_a_step_is_few_operations(name: str, optimizer: str) -> None:
     assert not count.kernels.keys() & {"_local_scalar_dense", "nonzero", "masked_select", "equal"}  # these would wait
 
 
+def test_gradients_are_negated_at_once() -> None:
+    """Where a group maximizes: those of a dtype, however many there are."""
+    model = perceptron()
+    model[2].double()
+    named = list(model.named_parameters())
+    groups = [{"params": named[:3], "maximize": True}, {"params": named[3:], "maximize": True}]
+    opt = GSGD(groups, network=gsgd.Network(), engine="array")
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    before = [p.detach().clone() for p in model.parameters()]
+    with Count() as count:
+        opt.step()
+    assert count.kernels["_foreach_neg"] == 2
+    assert not count.kernels["neg"]
+    assert all((p > old).all() for p, old in zip(model.parameters(), before, strict=True))
+
+
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_a_step_holds_two_temporaries_and_keeps_none(optimizer: str) -> None:
     """Besides tables over units, of which the perceptron has 400."""

@@ -7,9 +7,11 @@ import pytest
 import torch
 from models import mlp
 from torch import Tensor, nn
-from torch_models import Net, assert_close, assert_same, backward, make, named, weights
+from torch_models import Net, assert_close, assert_same, backward, example, make, named, train, weights
 
-from gsgd.torch import GSGD, trace
+from gsgd._core import lie_at, takes
+from gsgd.torch import GSGD, GAdam, trace
+from gsgd.torch.engines import core
 
 
 def of_wide_strides(g: Tensor) -> Tensor:
@@ -95,3 +97,115 @@ def test_gradients_with_the_negative_bit(engine: str) -> None:
             p.grad = torch._neg_view(-g) if negative else g
         opt.step()
     assert_same(models[0], weights(models[1]))
+
+
+def negate_lazily(g: Tensor) -> None:
+    g.data = torch._neg_view(-g)
+
+
+# how a gradient may change from step to step, though it stays the same tensor
+CHANGES: dict[str, Callable[[Tensor], Any]] = {
+    "strides": lambda g: g.set_(LAYOUTS["wide"](g)),
+    "order of axes": lambda g: g.set_(LAYOUTS["transposed"](g)),
+    "memory": lambda g: g.set_(g.clone()),
+    "part of another memory": lambda g: setattr(g, "data", LAYOUTS["part of a bucket"](g)),
+    "memory of the same storage": lambda g: g.untyped_storage().resize_(g.untyped_storage().nbytes() + 2**20),
+    "sign": negate_lazily,
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_gradient_that_is_kept_and_has_changed(engine: str, change: str) -> None:
+    models = [Net(), Net()]
+    optimizers = [make(model) for model in models]
+    for step in range(3):
+        for model in models:
+            old = [p.grad for p in model.parameters()]
+            backward(model, step)
+            for p, g in zip(model.parameters(), old, strict=True):
+                if model is models[1] and g is not None:
+                    g.data = p.grad
+                    CHANGES[change](g)
+                    p.grad = g
+        for opt in optimizers:
+            opt.step()
+    assert_close(*models, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("change", "error"),
+    [
+        (lambda g: g.resize_(2, 3), ValueError),
+        (lambda g: g.unsqueeze_(0), ValueError),
+        (lambda g: setattr(g, "data", g.float()), TypeError),
+        (lambda g: setattr(g, "data", g.long()), TypeError),
+        (lambda g: setattr(g, "data", g.view(torch.int64)), TypeError),
+    ],
+)
+def test_a_gradient_that_is_kept_and_no_longer_fits(
+    engine: str, change: Callable[[Tensor], Any], error: type[Exception]
+) -> None:
+    model = Net()
+    opt = make(model)
+    train(model, opt, range(1))
+    backward(model, 1)
+    g = model.body.fc.weight.grad
+    good, before = g.clone(), weights(model)
+    change(g)
+    with pytest.raises(error, match=r"gradient of 'body\.fc\.weight': expected"):
+        opt.step()
+    assert_same(model, before)
+    model.body.fc.weight.grad = good
+    opt.step()
+
+
+def test_moments_that_were_replaced() -> None:
+    """By hand; the core writes to them, so that a copy won't do."""
+    model = Net()
+    opt = make(model, momentum=0.9)
+    train(model, opt, range(1))
+    engine, state, before = opt._engine, opt.state[model.body.fc.weight], weights(model)
+    good = state["momentum_buffer"]
+    for bad in (good.float(), good.mT, torch._neg_view(-good)):
+        state["momentum_buffer"] = bad
+        with pytest.raises((RuntimeError, ValueError)):
+            opt.step()
+        assert_same(model, before)
+    state["momentum_buffer"] = good.clone()
+    opt.step()
+    assert opt._engine is engine
+
+
+@pytest.mark.parametrize("optimizer", [GSGD, GAdam])
+def test_without_dlpack(monkeypatch: pytest.MonkeyPatch, optimizer: Any) -> None:
+    """Before PyTorch 2.10 the core reads NumPy's views of tensors."""
+    models = [Net(), Net()]
+    for reads, model in zip((True, False), models, strict=True):
+        monkeypatch.setattr(core, "READS_TENSORS", reads and takes(Tensor))
+        train(model, optimizer(model, network=trace(model, example())), range(3))
+    assert_same(models[0], weights(models[1]))
+
+
+@pytest.mark.skipif(not takes(Tensor), reason="PyTorch 2.10 is the first to say where tensors lie")
+def test_whether_tensors_lie_where_they_did() -> None:
+    memory = torch.zeros(4, 4)
+    t, a = memory[:2, :2], memory[:2, :2].numpy()
+    assert lie_at([t, torch.zeros(0)], [a, torch.zeros(0).numpy()])
+    for other in (
+        t.clone(),
+        memory[1:3, :2],
+        memory[:2, :3],
+        memory[:2],
+        memory[0, :2],
+        t.mT,
+        t.view(torch.int32),
+        torch.zeros(2, 2, dtype=torch.float64),
+        torch.zeros(2, 2).to_sparse(),
+        torch.zeros(2, 2, device="meta"),
+        a,
+        None,
+    ):
+        assert not lie_at([other], [a])
+    assert not lie_at([t], [t])
+    assert not lie_at([t], [])
+    assert not takes(int)

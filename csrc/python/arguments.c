@@ -57,11 +57,14 @@ PyObject *gsgd_lie_at(PyObject *module, PyObject *args) {
         same = PyArray_Check((PyObject *)a) && from.exchange != NULL && from.exchange->view(item, &t) == 0;
         PyErr_Clear();
         size_t size = same ? (size_t)PyArray_ITEMSIZE(a) : 0;
-        same = same && PyArray_ISFLOAT(a) && is_real(&t, PyArray_NDIM(a), size) &&
-               (PyArray_SIZE(a) == 0 || (char *)t.data + t.byte_offset == PyArray_BYTES(a));
-        for (int d = 0; same && d < PyArray_NDIM(a); ++d)
+        same = same && PyArray_ISFLOAT(a) && is_real(&t, PyArray_NDIM(a), size);
+        int empty = same && PyArray_SIZE(a) == 0; /* there is nothing at its address */
+        same = same && (empty || (char *)t.data + t.byte_offset == PyArray_BYTES(a));
+        for (int d = 0; same && d < PyArray_NDIM(a); ++d) {
+            int steps = !empty && t.shape[d] > 1;
             same = t.shape[d] == PyArray_DIM(a, d) &&
-                   (t.shape[d] == 1 || t.strides[d] * (ptrdiff_t)size == PyArray_STRIDE(a, d));
+                   (!steps || t.strides[d] * (ptrdiff_t)size == PyArray_STRIDE(a, d));
+        }
     }
     return PyBool_FromLong(same);
 }
