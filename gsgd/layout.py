@@ -30,6 +30,7 @@ Ids = NDArray[np.int32]
 Shape = tuple[int, ...]
 
 IN, OUT = 0, 1  # the rows of tables over both trees
+UNREAD = {"rows", "cols", "owner", "edge", "end"}  # tables of which stages read the length at most
 
 
 @dataclass(frozen=True)
@@ -527,19 +528,18 @@ def lines(t: Layout, number: int, strides: Sequence[int]) -> list[Lines] | None:
 
 
 def convert(t: Layout, asarray: Callable[[NDArray[Any]], Array]) -> Layout:
-    """The same tables as arrays of another namespace or device."""
+    """The same tables as arrays of another namespace or device, but for those that no stage reads."""
 
     def of(x: Any) -> Any:
         if isinstance(x, np.ndarray):
             return asarray(x)
         if isinstance(x, tuple):
             return tuple(map(of, x))
-        if isinstance(x, (Places, ArrayLayout, Part, Layout)):
+        if isinstance(x, (Places, ArrayLayout, Part)):
             return type(x)(**{f.name: of(getattr(x, f.name)) for f in fields(x)})
         return x
 
-    converted: Layout = of(t)
-    return converted
+    return replace(t, **{f.name: of(getattr(t, f.name)) for f in fields(t) if f.name not in UNREAD})
 
 
 def _ends(

@@ -17,6 +17,7 @@ from torch_models import Net, assert_close, backward, example
 import gsgd
 from gsgd.torch import GSGD, GAdam, GRMSprop, trace
 from gsgd.torch.engines import ArrayEngine
+from gsgd.torch.engines.base import to_device
 
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 NO_KERNEL = {"empty", "empty_like", "empty_strided", "new_empty", "detach", "alias", "lift_fresh", "is_set_to"}
@@ -137,6 +138,38 @@ def test_gradients_are_negated_at_once() -> None:
     assert count.kernels["_foreach_neg"] == 2
     assert not count.kernels["neg"]
     assert all((p > old).all() for p, old in zip(model.parameters(), before, strict=True))
+
+
+class Reads(TorchDispatchMode):
+    """Notes the memory that operations are given, other than by taking views of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.storages: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not any(r.alias_info and not r.alias_info.is_write for r in func._schema.returns):
+            given = (x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor))
+            self.storages |= {x.untyped_storage()._cdata for x in given}
+        return func(*args, **(kwargs or {}))
+
+
+def test_no_table_is_uploaded_in_vain() -> None:
+    """Steps read them all, if parameters without a gradient are among them."""
+    model = ResNet18()
+    opt = OPTIMIZERS["Adam"](model, trace(model, torch.zeros(2, 3, 16, 16)), engine="array", clip_norm=1.0)
+    engine = opt._current_engine()
+    uploaded: dict[int, Tensor] = {}
+    engine.asarray = lambda x: uploaded.setdefault(id(x), to_device(torch.device("cpu"))(x).clone())
+    with Reads() as reads:
+        for _ in range(2):
+            for p in model.parameters():
+                p.grad = 1e-3 * torch.randn_like(p)
+            next(model.parameters()).grad = None
+            opt.step()
+    assert opt.stats.steps == 2
+    assert len(uploaded) > 10
+    assert all(x.untyped_storage()._cdata in reads.storages for x in uploaded.values() if x.numel())
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)

@@ -123,10 +123,11 @@ def _meet_zero(net: Network, tensors: Mapping[str, Tensor], weights: Sequence[Te
     shapes = {name: tuple(p.shape) for name, p in tensors.items()}
     here = _counted(network_layout(net, shapes, *plan.choose_trees(ones, False, None)), weights, shards)
     count = torch.zeros(net.num_units + 1, dtype=torch.float64, device=weights[0].device)
+    asarray = to_device(count.device)
     for a, w in zip(here.arrays, weights, strict=True):
         for span, table in ((a.rows, here.rows), (a.cols, here.cols)):
             if span is not None:
-                _add(count, span.of(torch, table), (w == 0).reshape(a.shape).double())
+                _add(count, span.of(torch, asarray(table)), (w == 0).reshape(a.shape).double())
     found: Floats = shards.total(count)[:-1].cpu().numpy()
     return found
 
@@ -201,9 +202,11 @@ def _balanced(whole: Layout, here: Layout, weights: Sequence[Tensor], shards: Sh
         for w, a, counts in zip(weights, here.arrays, shards.counts, strict=True)
     ]
 
-    def at(span: Span | None, table: Tensor) -> Tensor:
+    asarray = to_device(t.device)
+
+    def at(span: Span | None, table: NDArray[np.int32]) -> Tensor:
         """Units at the rows or columns of an array."""
-        return torch.tensor(units, device=t.device) if span is None else span.of(torch, table)
+        return torch.tensor(units, device=t.device) if span is None else span.of(torch, asarray(table))
 
     moved = 0.0
     for _ in range(_MOST_SWEEPS):

@@ -138,7 +138,7 @@ class ShardedArrayEngine(ShardedEngine, CountingEngine):
         if not all(self.shards.counts):
             self.counted = convert(part(whole, self.shards.counted), asarray)
         self.scale = stages.Scale.of(asarray, *coordinates.scale)
-        self.absent = self.whole.edge == len(self.whole.owner)
+        self.absent = asarray(whole.edge == len(whole.owner))
         self.bounds = stages.bounds_of(self.scale.c, [p.dtype for p in self.aliases], 1)
 
     def step_here(self, step: Step) -> None:
