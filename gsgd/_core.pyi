@@ -10,6 +10,7 @@ BlockTuple = tuple[
     int, tuple[int, ...], tuple[int, ...], tuple[int, ...], int, int, NDArray[np.int64], NDArray[np.int64]
 ]
 
+def checksum(array: NDArray[Any], /) -> int: ...
 def takes(type: type, /) -> bool: ...  # whether tensors of a type may stand in lists of arrays
 def lie_at(tensors: list[Any], arrays: list[Any], /) -> bool: ...  # whether these have the same memory
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -10,6 +9,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from gsgd._core import checksum
 from gsgd.network import Network
 from gsgd.skeleton import Skeleton
 
@@ -106,4 +106,4 @@ def set_to_one(skeleton: Skeleton, arrays: Mapping[str, Any]) -> None:
 
 def fingerprint(arrays: Mapping[str, NDArray[Any]]) -> tuple[int, ...]:
     """A checksum of every array's entries: whether weights have changed, however they were written."""
-    return tuple(zlib.crc32(np.ascontiguousarray(a).data) for a in arrays.values())
+    return tuple(checksum(np.ascontiguousarray(a)) for a in arrays.values())

@@ -34,16 +34,14 @@ static int is_real(const dlpack_tensor *t, int ndim, size_t size) {
            t->dtype.lanes == 1 && t->ndim == ndim;
 }
 
-PyObject *gsgd_takes(PyObject *module, PyObject *type) {
-    (void)module;
+PyObject *gsgd_takes(PyObject *Py_UNUSED(module), PyObject *type) {
     source from = {NULL, NULL};
     if (PyType_Check(type))
         know(&from, (PyTypeObject *)type);
     return PyBool_FromLong(from.exchange != NULL);
 }
 
-PyObject *gsgd_lie_at(PyObject *module, PyObject *args) {
-    (void)module;
+PyObject *gsgd_lie_at(PyObject *Py_UNUSED(module), PyObject *args) {
     PyObject *tensors, *arrays;
     source from = {NULL, NULL};
     if (!PyArg_ParseTuple(args, "O!O!", &PyList_Type, &tensors, &PyList_Type, &arrays))
