@@ -275,3 +275,17 @@ NO_UNITS = np.zeros(0, np.int64)
 def test_a_description_that_is_refused(units: Any, specs: Any, blocks: Any) -> None:
     with pytest.raises((TypeError, ValueError)):
         _core.Plan(units, specs, blocks)
+
+
+@pytest.mark.parametrize("n", [0, 1, 7, 8, 31, 32, 33, 100])
+def test_a_checksum_sees_every_bit(n: int) -> None:
+    """And how many bytes there are, and their order."""
+    x = np.arange(n, dtype=np.uint8)
+    others = [x[:-1].copy(), np.append(x, np.uint8(0)), x[::-1].copy()] if n > 1 else []
+    for bit in range(8 * n):
+        others.append(x.copy())
+        others[-1][bit // 8] ^= 1 << bit % 8
+    assert _core.checksum(x) == _core.checksum(x.copy())
+    assert len({_core.checksum(y) for y in (x, *others)}) == 1 + len(others)
+    with pytest.raises(ValueError, match="contiguous"):
+        _core.checksum(np.zeros((2, 2)).T[:1])
