@@ -20,7 +20,7 @@ READS_TENSORS = takes(Tensor)  # from PyTorch 2.10 on
 
 
 class CoreEngine(Engine):
-    """Steps by the C core, on NumPy views of CPU tensors that are made once."""
+    """Steps by the C core, which reads gradients and moments as they are, and NumPy views of weights."""
 
     name = "core"
 
