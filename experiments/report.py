@@ -200,10 +200,13 @@ def summary(runs: Sequence[Run], rows: Sequence[Row]) -> str:
 
 
 def plain_numbers(panel: Axes) -> None:
-    """On a logarithmic y axis; powers of 10 alone, unless fewer than two of them are in sight."""
+    """On logarithmic axes: the rates, and powers of 10, or more where fewer than two of these are in sight."""
+    panel.set_xticks(sorted({rate for line in panel.lines for rate in line.get_xdata()}))
+    panel.set_xticks([], minor=True)
+    panel.xaxis.set_major_formatter("{x:g}")
     low, high = panel.get_ylim()
     panel.yaxis.set_major_formatter("{x:g}")
-    panel.yaxis.set_minor_formatter("" if high > 10 * low else "{x:.2g}")
+    panel.yaxis.set_minor_formatter("" if high > 10 * low else "{x:.2g}" if high > 1.5 * low else "{x:.3g}")
 
 
 def against_rate(runs: Sequence[Run], rows: Sequence[Row], path: Path) -> None:
