@@ -5,18 +5,39 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from itertools import accumulate
 from typing import Any
 
 import numpy as np
 from array_api_compat import array_namespace, device, is_jax_array, is_numpy_array, is_torch_array
 
-from gsgd.layout import Array, ArrayLayout, Layout, Span
+from gsgd.layout import Array, ArrayLayout, Layout, Places, Span
 
 
 def real_type(xp: Any, where: Any) -> Any:
     """In what the trees are computed: float64, or float32 where there is no more (Apple's MPS; JAX by default)."""
     return xp.__array_namespace_info__().dtypes(device=where, kind="real floating").get("float64", xp.float32)
+
+
+def take(x: Array, index: Any) -> Array:
+    """``x[index]``, an array or one per axis, of indices that are not negative."""
+    if not is_jax_array(x):
+        return x[index]
+    return _take()(x, np.stack(index if isinstance(index, tuple) else (index,), axis=-1))
+
+
+@cache
+def _take() -> Callable[[Array, Array], Array]:
+    """For JAX, traced once for all arrays alike: its own indexing would look for negative ones."""
+    import jax
+
+    def gather(x: Array, index: Array) -> Array:
+        axes = tuple(range(x.ndim))
+        numbers = jax.lax.GatherDimensionNumbers((), collapsed_slice_dims=axes, start_index_map=axes)
+        return jax.lax.gather(x, index, numbers, (1,) * x.ndim, mode="promise_in_bounds")
+
+    return jax.jit(gather)
 
 
 def read(x: Array | Sequence[Array]) -> Array:
@@ -109,23 +130,42 @@ def products(a: ArrayLayout, w: Array, g: Array | None) -> tuple[list[Array], Ar
     w, g = wide(w), wide(g)
     if a.parts:
         g *= w
-        at_edges = g[a.index]
+        at_edges = take(g, a.index)
     else:
-        at_edges = w[a.index] * g[a.index]
+        at_edges = take(w, a.index) * take(g, a.index)
         g = w * g if a.cols else g
     with_columns = [(own, view) for own, view in views(a, g) if own.cols]
     return [xp.reshape(xp.sum(x, axis=own.over_rows, dtype=real), (-1,)) for own, x in with_columns], at_edges
 
 
 def largest(arrays: Sequence[Array | Sequence[Array] | None]) -> list[Array]:
-    """The largest magnitude of every array that is there and not empty, NaN where an entry is."""
+    """The largest magnitude of every array that is there and not empty, NaN where an entry is.
+
+    Of all of JAX's vectors together: to compile reductions of few numbers takes long.
+    """
     each = [y for x in arrays if x is not None for y in (x if isinstance(x, Sequence) else [x])]
     given = [x for x in each if math.prod(x.shape)]
     if given and is_torch_array(given[0]):
         import torch
 
         return list(torch._foreach_norm(given, math.inf))  # one call for all
+    if given and is_jax_array(given[0]):
+        vectors = [x for x in given if x.ndim == 1]
+        given = [*([array_namespace(*vectors).concat(vectors)] if vectors else []), *(x for x in given if x.ndim != 1)]
     return [array_namespace(x).max(array_namespace(x).abs(x)) for x in given]
+
+
+def verdict(checked: Array, largest: Sequence[Array], bounds: Array, limited: Array) -> tuple[Array, Array]:
+    """Whether the rows of `checked` and then what is `largest` are within `bounds`; and how many are `limited`."""
+    xp, rows = array_namespace(checked), checked.shape[0]
+    if is_jax_array(checked):  # from one sum: of 1 for each that is limited, and infinity for what is out of bounds
+        more = xp.concat([xp.zeros((1,), dtype=bounds.dtype), *(xp.reshape(x, (1,)) for x in largest)])
+        within = (xp.reshape(xp.abs(checked) <= bounds[:rows, None], (-1,)), more < math.inf)
+        total = xp.linalg.vector_norm(xp.concat([*(xp.where(x, 0, math.inf) for x in within), limited]), ord=1)
+        return total < math.inf, total
+    sizes = xp.linalg.vector_norm(checked, axis=1, ord=math.inf)
+    finite = xp.all(xp.concat([sizes, *(xp.reshape(x, (1,)) for x in largest)]) <= bounds)
+    return finite, xp.count_nonzero(limited)
 
 
 def at_edges(t: Layout, arrays: Sequence[Array]) -> Array:
@@ -135,61 +175,80 @@ def at_edges(t: Layout, arrays: Sequence[Array]) -> Array:
     return xp.concat(found) if found else xp.zeros((0,), dtype=arrays[0].dtype)
 
 
-def set_edges(a: ArrayLayout, x: Array, values: Array) -> Array:
-    """`x` with `values` at the tree edges; NumPy and PyTorch write to it.
+def is_written_to(x: Array) -> bool:
+    """Whether `set_edges` writes to this array."""
+    return is_numpy_array(x) or is_torch_array(x)
 
-    Elsewhere lines are compared with the places of their edges, which compiles to less than a scatter does, and leaves
-    a sharded array where it is.
+
+def set_edges(a: ArrayLayout, x: Array, values: Any) -> Array:
+    """`x` with `values` at the tree edges, or a number; NumPy and PyTorch write to it.
+
+    Elsewhere values are a pair, at chains' in-edges by line and at free edges by position. Lines are compared with the
+    places of their edges, which compiles to less than a scatter does, and leaves a sharded array where it is.
     """
     xp = array_namespace(x)
     if not a.edges.size:
         return x
-    if is_numpy_array(x) or is_torch_array(x):
+    if is_written_to(x):
         x[a.index] = values
         return x
     new = xp.reshape(x, a.shape)
-    for places in (a.chain, a.free):
+    by_kind = values if isinstance(values, tuple) else (values, values)
+    for places, value in zip((a.chain, a.free), by_kind, strict=True):
         if places is not None:
             here = places.edge >= 0
             for axis, at in enumerate(places.at):
                 if at is not None:
                     extents = tuple(n if i == axis else 1 for i, n in enumerate(a.shape))
                     here = here & (xp.reshape(xp.arange(a.shape[axis]), extents) == at)
-            new = xp.where(here, values[places.edge], new)
+            new = xp.where(here, value, new)
     return xp.reshape(new, x.shape)
 
 
-def cut(table: Array, t: Layout) -> Iterator[tuple[list[Array | None], ...]]:
+def cut(table: Array, t: Layout) -> Iterator[tuple[Any, ...]]:
     """Of every array, in lists of one for each of its parts, 1 / A of their positions and 1 / B of their lines.
 
-    If the table is that of `stages.Solution.factors` (and not of its first two rows alone), then also 1 / rho of
-    positions, and in lists of one the new weights of tree edges and dl/dx of these.
+    If the table is that of `stages.Solution.checked` (and not of its first two rows alone), then also 1 / rho of
+    positions, and what `set_edges` takes: the new weights of tree edges and dl/dx of these.
 
-    All are read in one call, but for JAX, whose compiler makes one kernel of equal ones: they must not differ in where
-    they begin.
+    Where arrays are written to, all are read in one call. Elsewhere each is, for JAX: kernels that are equal but for
+    where they begin would be compiled one by one.
     """
     xp = array_namespace(table)
     cols, rows, edges = t.cols.shape[0], t.rows.shape[0], t.owner.shape[0]
     starts = list(accumulate((0, cols, rows, cols, edges)))[: 5 if table.shape[0] > 2 else 2]
     ids = t.factors if len(starts) == 5 else t.factors[: cols + rows]
     table = xp.reshape(table, (-1,))
-    values = None if is_jax_array(table) else table[ids]
+    values = table[ids] if is_written_to(table) else None
 
     def of(start: int, span: Span | None) -> Array | None:
         if span is None:
             return None
         here = Span(start + span.start, span.shape)
-        return table[here.of(np, ids)] if values is None else here.of(xp, values)
+        return take(table, here.of(array_namespace(ids), ids)) if values is None else here.of(xp, values)
+
+    def on_lines(start: int, a: ArrayLayout, places: Places | None) -> Array | None:
+        """Where a line has no edge, any number."""
+        return None if places is None else take(table, ids[start + a.edges.start + places.edge])
 
     for a in t.arrays:
         cols_of, rows_of = [x.cols for x in a.arrays], [x.rows for x in a.arrays]
-        spans: Sequence[Sequence[Span | None]] = (cols_of, rows_of, cols_of, [a.edges], [a.edges])
-        yield tuple([of(start, span) for span in kind] for start, kind in zip(starts, spans, strict=False))
+        factors = [
+            [of(start, span) for span in spans]
+            for start, spans in zip(starts, (cols_of, rows_of, cols_of), strict=False)
+        ]
+        if len(starts) == 2:
+            yield tuple(factors)
+        elif values is not None:
+            yield (*factors, *(of(start, a.edges) for start in starts[3:]))
+        else:
+            weights = tuple(on_lines(starts[3], a, places) for places in (a.chain, a.free))
+            yield (*factors, weights, (on_lines(starts[4], a, a.chain), 0.0))
 
 
 def along(jumps: Sequence[Array], x: Array, combine: Callable[[Array, Array], Array]) -> Array:
     """Combine what is given per unit and tree, (2, H + 1), from every unit to the end of its tree."""
     xp = array_namespace(x)
     for jump in jumps:
-        x = combine(x, xp.reshape(x, (-1,))[jump])
+        x = combine(x, take(xp.reshape(x, (-1,)), jump))
     return x

@@ -175,7 +175,7 @@ class Layout:
     ends : array, shape (2,)
         What stands for tree edges that are not there: 0, and 1 for their weights. In a part of a layout both are 0.
     factors : int array, shape (lines + 2 positions + 2 E,)
-        What arrays need of the table `stages.Solution.factors`, (6, H + 1), flattened: 1 / A of their positions, 1 / B
+        What arrays need of the table `stages.Solution.checked`, (11, H + 1), flattened: 1 / A of their positions, 1 / B
         of their lines, 1 / rho of their positions, new weights of their tree edges and dl/dx of these.
     """
 

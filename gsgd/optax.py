@@ -54,6 +54,7 @@ skeleton is an error there.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import fields, replace
 from functools import partial
 from typing import Any, Literal, NamedTuple, TypeAlias
 
@@ -66,6 +67,7 @@ from gsgd import stages
 from gsgd.coordinates import set_to_one
 from gsgd.jax import anchor
 from gsgd.jax.anchor import Reference, Trees
+from gsgd.layout import ArrayLayout, Places, Span
 from gsgd.methods import SGD, Adam, Method, RMSprop
 from gsgd.network import Network
 from gsgd.options import MaxRatio, Options, limit
@@ -315,7 +317,7 @@ def _transformation(
         trees: Trees, reference: Reference, weights: Arrays, gradients: Arrays, m: Arrays, v: Arrays, count: Array
     ) -> Any:
         """The updates and the new moments, and the numbers of steps and of limited ratios that they add."""
-        now = make(lr=learning_rate(count)) if callable(learning_rate) else method
+        now = (make(lr=learning_rate(count)) if callable(learning_rate) else method).at(count + 1)
         new, solution = stages.step(
             trees.layout,
             stages.Scale(
@@ -326,11 +328,11 @@ def _transformation(
             gradients,
             None,
             list(zip(m, v, strict=True)),
-            [now.at(count + 1)] * len(weights),
+            [now] * len(weights),
             limit(options.max_ratio),
             options.clip_norm,
+            apply=_traced_once(now) if isinstance(count, jax.core.Tracer) else stages.apply,
         )
-
         values, moments = zip(*new, strict=True) if weights else ((), ())
         updates = [x - w for x, w in zip(values, weights, strict=True)]
         taken = solution.finite.astype(jnp.int32)
@@ -371,6 +373,24 @@ def _transformation(
         )
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _traced_once(method: Method) -> Callable[..., Any]:
+    """`stages.apply` by this method, traced once for all arrays that look alike."""
+    traced = jax.jit(partial(stages.apply, method=method))
+
+    def apply(a: ArrayLayout, *args: Any) -> Any:
+        alike = replace(a, rows=None, cols=None, edges=Span(0, a.edges.shape), index=())  # it needs no more
+        return traced(alike, *args[:-1])
+
+    return apply
+
+
+jax.tree_util.register_dataclass(Places, ["edge", "at"], [])
+jax.tree_util.register_dataclass(
+    ArrayLayout, ["index", "chain", "free", "parts"], ["shape", "rows", "cols", "edges", "groups"]
+)
+jax.tree_util.register_dataclass(stages.Factors, [f.name for f in fields(stages.Factors)], [])
 
 
 def _is_on_several_devices(x: Any) -> bool:

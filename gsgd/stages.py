@@ -32,8 +32,10 @@ from gsgd.entries import (
     scaled,
     select,
     set_edges,
+    take,
     times,
     types_of,
+    verdict,
     wide,
 )
 from gsgd.layout import IN, OUT, Array, ArrayLayout, Layout
@@ -75,15 +77,14 @@ class Gathered:
 class Solution:
     """What solve finds.
 
-    Per unit, (6, H + 1): 1 / A, 1 / B, 1 / rho, the new weights of in-edges and of out-edges, and dl/dx of chains. The
-    factor that clips dl/dx; the number of limited ratios; what has to be within `bounds` per unit, (11, H + 1), and
-    whether all is.
+    Per unit, (11, H + 1), what has to be within `bounds`: 1 / A, 1 / B, 1 / rho, the new weights of in-edges and of
+    out-edges, dl/dx of chains, all of which arrays need; and A, B, rho, path ratios, x. The factor that clips dl/dx;
+    the number of limited ratios, if all is within its bounds; whether it is.
     """
 
-    factors: Array
+    checked: Array
     clip: Array | None
     clamped: Array
-    checked: Array
     finite: Array
 
 
@@ -92,15 +93,15 @@ class Factors:
     """The part of a solution that one array needs, in its dtype.
 
     1 / A of positions, 1 / B of lines and 1 / rho of positions, for each array that is joined: shapes that broadcast,
-    None where all are 1. New weights of tree edges, and dl/dx of these, 0 where they are free. The squares of the first
-    two for plain gradient descent, which multiplies a gradient by both at once.
+    None where all are 1. What `set_edges` takes: new weights of tree edges, and dl/dx of these, 0 where they are free.
+    The squares of the first two for plain gradient descent, which multiplies a gradient by both at once.
     """
 
     per_col: list[Array | None]
     per_row: list[Array | None]
     per_rho: list[Array | None]
-    weights: Array
-    d: Array
+    weights: Any
+    d: Any
     clip: Array | None
     squares: tuple[list[Array | None], ...] | None
 
@@ -119,16 +120,16 @@ def gather(t: Layout, weights: Sequence[Array], sums: Sequence[Array | None], mo
             w = read(w)
             found, q = products(a, w, None if g is None else read(g))
             columns += found
-            each = (xp.zeros_like(q) if x is None else x[a.index] for x in (own[k] for k in kinds))
-            for row, x in zip(edges, (q, w[a.index], *each), strict=True):
+            each = (xp.zeros_like(q) if x is None else take(x, a.index) for x in (own[k] for k in kinds))
+            for row, x in zip(edges, (q, take(w, a.index), *each), strict=True):
                 row.append(x)
     ends = (t.ends[:1], t.ends[1:], *[t.ends[:1]] * len(kinds))
     numbers = xp.concat([*columns, *(x for row, end in zip(edges, ends, strict=True) for x in (*row, end))])
     n = t.sign.shape[0]
     q = numbers[:n] * t.sign
     for rows in t.sums:
-        q = xp.sum(q[rows], axis=1)
-    table = numbers[n:][t.reads[: 2 + len(kinds), ...]]
+        q = xp.sum(take(q, rows), axis=1)
+    table = take(numbers[n:], t.reads[: 2 + len(kinds), ...])
     m, v = table[2, ...] if 0 in kinds else None, table[-1, ...] if 1 in kinds else None
     return Gathered(q, table[:2, ...], m, v, largest(sums))
 
@@ -149,7 +150,7 @@ def sum_of_squares(t: Layout, ab: Array, gradients: Sequence[Array | None]) -> A
             if d.dtype not in factors:
                 factors[d.dtype] = list(cut(xp.astype(xp.reciprocal(ab), d.dtype), t))
             d = times(a, d, *factors[d.dtype][i])
-            d = set_edges(a, d, xp.zeros(a.edges.shape, dtype=d.dtype, device=device(d)))
+            d = set_edges(a, d, 0.0)
             total = total + xp.sum(d * d, dtype=ab.dtype)
     return total
 
@@ -190,15 +191,14 @@ def solve(
     r = xp.ones_like(x) if r is None else r
     limited = not isinstance(max_ratio, float) or math.isfinite(max_ratio)
     ratio = xp.copysign(xp.clip(xp.abs(r), 1 / max_ratio, max_ratio), r) if limited else r
-    rho = ratio[t.roots]  # of every unit, and of the source of its in-edge
+    rho = take(ratio, t.roots)  # of every unit, and of the source of its in-edge
     known = xp.concat([ab, rho[:1, ...]])
     inverse = xp.reciprocal(known)
     in_weights = found.weights[IN, ...] * ratio / rho[1, ...]
     new, more = ([xp.expand_dims(y, axis=0) for y in ys] for ys in ((in_weights, found.weights[OUT, ...], d), (r, x)))
     checked = xp.concat([inverse, *new, known, *more])
-    sizes = xp.linalg.vector_norm(checked, axis=1, ord=math.inf)
-    finite = xp.all(xp.concat([sizes, *(xp.reshape(y, (1,)) for y in found.largest)]) <= bounds)
-    return Solution(checked[:6, ...], clip, xp.count_nonzero(r != ratio), checked, finite)
+    finite, clamped = verdict(checked, found.largest, bounds, r != ratio)
+    return Solution(checked, clip, clamped, finite)
 
 
 def bounds_of(like: Array, types: Sequence[Any], gradients: int) -> Array:
@@ -224,9 +224,9 @@ def owned(t: Layout, wanted: Sequence[bool]) -> Array:
 
 def spread(t: Layout, solution: Solution, weights: Sequence[Array], methods: Sequence[Method]) -> Iterator[Factors]:
     """The solution as every array sees it."""
-    xp = array_namespace(solution.factors)
+    xp = array_namespace(solution.checked)
     types = types_of(weights)
-    tables = {dtype: xp.astype(solution.factors, dtype) for dtype in set(types)}
+    tables = {dtype: xp.astype(solution.checked, dtype) for dtype in set(types)}
     squares = {
         dtype: list(cut(xp.square(tables[dtype][:2, ...]), t))
         for dtype in {dtype for dtype, method in zip(types, methods, strict=True) if method.is_plain}
@@ -234,7 +234,7 @@ def spread(t: Layout, solution: Solution, weights: Sequence[Array], methods: Seq
     clips = {dtype: None if solution.clip is None else xp.astype(solution.clip, dtype) for dtype in tables}
     cuts: dict[Any, list[Any]] = {dtype: list(cut(table, t)) for dtype, table in tables.items()}
     for i, (dtype, method) in enumerate(zip(types, methods, strict=True)):
-        per_col, per_row, per_rho, (edges,), (d,) = cuts[dtype][i]
+        per_col, per_row, per_rho, edges, d = cuts[dtype][i]
         square = squares[dtype][i] if method.is_plain else None
         yield Factors(per_col, per_row, per_rho, edges, d, clips[dtype], square)
 
@@ -293,6 +293,7 @@ def step(
     max_ratio: float | Array,
     clip_norm: float | Array | None,
     bounds: Array | None = None,
+    apply: Callable[..., tuple[Array, Moments]] = apply,
 ) -> tuple[Iterator[tuple[Array, Moments]], Solution]:
     """Gather, solve, apply: new weights and moments array by array, each made when it is asked for.
 
@@ -307,6 +308,8 @@ def step(
         Limits the norm of dl/dx over all coordinates.
     bounds : array, optional
         Those of `bounds_of`, if they are at hand.
+    apply : callable, optional
+        What takes the place of `apply`.
     """
     found = gather(t, weights, sums, moments)
     ab = relative(t, scale, found.weights)
