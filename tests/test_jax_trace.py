@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random as python_random
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,7 @@ jax = pytest.importorskip("jax", reason="JAX is not installed")
 gjax = pytest.importorskip("gsgd.jax")
 jnp, lax = jax.numpy, jax.lax
 jax.config.update("jax_disable_most_optimizations", True)  # compiling is what takes time here
+pytestmark = pytest.mark.filterwarnings("ignore:the traced forward pass did not read")
 
 Params = dict[str, Any]
 Apply = Callable[[Params, Any], Any]
@@ -304,7 +306,10 @@ def test_what_is_left_out_has_a_reason() -> None:
         h = jax.nn.relu(x @ p["w1"]) @ p["square"] @ p["square"]
         return (h + p["table"][0] * jnp.tanh(p["scale"])) @ p["out"], p["alone"].T
 
-    net = traced(apply, params, images(4, channels=3))
+    with pytest.warns(UserWarning, match=r"^the traced forward pass did not read unused\. If other passes do") as said:
+        net = gjax.trace(apply, params, images(4, channels=3))
+    assert [w.filename for w in said] == [__file__]
+    gjax.verify(apply, params, net, images(4, channels=3))
     assert net.plain == {
         "alone": "read by the output",
         "scale": "read by tanh in the function",
@@ -328,9 +333,20 @@ def test_parameters_that_one_leaves_out_take_plain_steps() -> None:
     assert net.num_units == 5
     assert net.plain == {"a.b": "left out", "a.w": "left out"}
     assert "meets a parameter that is left out" in net.pins.values()
+
     assert gjax.trace(apply, params, x, leave_out=["d.w"]).num_units == 4
     with pytest.raises(ValueError, match=r"leave_out: nothing is named 'c.v'.*'c.w'"):
         gjax.trace(apply, params, x, leave_out="c.v")
+
+
+def test_parameters_that_are_read_or_left_out_are_no_warning() -> None:
+    params = {**random(w=(3, 4), out=(4, 2)), "unused": random(a=(3,), b=(2,))}
+    inner = jax.jit(lambda p, x: jax.nn.relu(x @ p["w"]) @ p["out"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        gjax.trace(inner, params, images(4, channels=3), leave_out="unused")
+    with pytest.warns(UserWarning, match=r"did not read unused\.a, unused\.b\."):
+        gjax.trace(inner, params, images(4, channels=3))
 
 
 def test_a_wrong_network_is_caught() -> None:

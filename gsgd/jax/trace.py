@@ -22,10 +22,11 @@ from numpy.typing import NDArray
 
 from gsgd.jax.rules import REARRANGING, RULES, Parameter, Step
 from gsgd.network import Network, Residual
-from gsgd.trace.names import match
+from gsgd.trace.names import match, unread
 from gsgd.trace.nodes import Algebra, Nodes, NotUnderstood, along, expanded
 from gsgd.trace.rules import Operand
 from gsgd.trace.weights import Weight
+from gsgd.warn import warn
 
 # what is computed is computed by a jaxpr among the parameters
 CALLING = {"checkpoint", "closed_call", "custom_jvp_call", "custom_vjp_call", "jit", "remat2"}
@@ -77,6 +78,11 @@ def trace(
         `names` of parameters, or prefixes of them (of modules), that take plain steps; the units that meet them are
         pinned.
 
+    Warns
+    -----
+    UserWarning
+        A parameter was not read, and is not in `leave_out`.
+
     Raises
     ------
     ValueError
@@ -101,6 +107,9 @@ def trace(
     for name in known:
         if name not in net.shapes:
             net.add_plain([name], describe.reasons.get(name, "not read"))
+    not_read = [name for i, name in enumerate(known) if describe.reads[i] == 0 and name not in left_out]
+    if not_read:
+        warn(f"{unread(not_read)}. If none does, name them in leave_out")
     return net
 
 
@@ -119,7 +128,7 @@ class _Describe:
         shapes = [x.shape for x in closed.in_avals]
         given = int(self.net.input(1).per_feature[0])
         blank = [np.empty(s, np.int8) for s in shapes[: len(params)]]
-        arguments = [self.number(Parameter(n, a, a)) for n, a in zip(params, blank, strict=True)]
+        arguments = [self.number(Parameter(n, a, a)) for n, a in zip(params, blank, strict=True)]  # the first values
         arguments += [self.number(np.broadcast_to(given, s)) for s in shapes[len(params) :]]
         steps: list[Step] = []
         outputs = self.write_out(closed.jaxpr, closed.consts, arguments, steps)

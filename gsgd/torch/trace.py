@@ -13,7 +13,7 @@ place becomes one unit with it.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ from gsgd.torch.follow import OUT_OF_SIGHT, Follow, arguments, name_of, output_t
 from gsgd.torch.record import Recording, record
 from gsgd.torch.rules import find_rule
 from gsgd.torch.values import Kind, is_continuous, storage_of, tensors_in
-from gsgd.trace.names import match
+from gsgd.trace.names import match, unread
 from gsgd.trace.nodes import Algebra, Nodes, NotUnderstood, along, expanded
 from gsgd.trace.rules import Operand
 from gsgd.trace.weights import weight_view
@@ -123,7 +123,9 @@ def trace(
             read = describe.reasons.get(name, "not read by the forward pass")
             net.add_plain([name], read if name in alone else "shares its memory with another")
     trained = {prefix + name for name, p in model.named_parameters() if p.requires_grad} - set(left_out)
-    warn_of_unread([name for name, i in alone.items() if name in trained and recording.reads[i] == 0])
+    not_read = [name for name, i in alone.items() if name in trained and recording.reads[i] == 0]
+    if not_read:
+        warn(f"{unread(not_read)}, and pass network=. If none does, name them in leave_out, or freeze them")
     return net
 
 
@@ -131,18 +133,6 @@ def _is_left_out(module: str, names: Iterable[str], left_out: Collection[str]) -
     """Whether all of its parameters are."""
     own = [name for name in names if name.startswith(f"{module}.")]
     return bool(own) and all(name in left_out for name in own)
-
-
-def warn_of_unread(names: Sequence[str]) -> None:
-    """Say that the pass which was followed did not read these parameters."""
-    if names:
-        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-        warn(
-            f"the traced forward pass did not read {', '.join(names[:3])}{more}. If other passes do (layer drop, "
-            "stochastic depth, a branch on a size or on self.training), the network is wrong for these: trace the "
-            "model with the dropping switched off and inputs as in training, and pass network=. If none does, name "
-            "them in leave_out, or freeze them",
-        )
 
 
 class _Describe(Follow):

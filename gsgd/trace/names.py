@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 def match(given: str | Iterable[str], names: Iterable[str], argument: str) -> list[str]:
@@ -29,3 +29,13 @@ def match(given: str | Iterable[str], names: Iterable[str], argument: str) -> li
             raise ValueError(f"{argument}: nothing is named {prefix!r}; did you mean one of {close}?")
         found.update(dict.fromkeys(matches))
     return list(found)
+
+
+def unread(names: Sequence[str]) -> str:
+    """What there is to say of parameters that the pass which was followed did not read."""
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return (
+        f"the traced forward pass did not read {', '.join(names[:3])}{more}. If other passes do (layer drop, "
+        "stochastic depth, a branch on a size or on a flag of training), the network is wrong for these: trace with "
+        "the dropping switched off and inputs as in training"
+    )
