@@ -58,7 +58,7 @@ class Drawing:
             for x, y in column:
                 hidden = 0 < k < len(widths) - 1
                 face = "white" if hidden else "#eceef1"
-                axes.plot(x, y, "o", ms=2.6 * size, mfc=face, mec="black", zorder=3, clip_on=False)
+                axes.plot(x, y, "o", ms=3.2 * size, mfc=face, mec="black", zorder=3, clip_on=False)
                 axes.text(x, y, next(names), ha="center", va="center", fontsize=size, zorder=4)
         axes.margins(0.06, 0.2)
         axes.axis("off")
@@ -73,7 +73,7 @@ class Drawing:
         (x0, y0), (x1, y1) = edge.begin, edge.end
         self.axes.plot([x0, x1], [y0, y1], style, color=color, lw=width, zorder=1)
         if text:
-            near = 0.3  # where crossing edges do not cover each other's numbers
+            near = 0.36  # where crossing edges do not cover each other's numbers
             self.axes.text(
                 x0 + near * (x1 - x0),
                 y0 + near * (y1 - y0),

@@ -112,8 +112,9 @@ class GAdam(PathOptimizer):
 
     Parameters
     ----------
-    params, network, example_inputs, leave_out, residual, batch_norm, scale, rule, max_ratio, clip_norm, threads
-    engine, maximize
+    params, network, example_inputs, leave_out, residual, batch_norm
+        See `GSGD`.
+    scale, rule, max_ratio, clip_norm, threads, engine, maximize
         See `GSGD`.
     lr, betas, eps, weight_decay
         As in `torch.optim.AdamW`, on the coordinates of METHOD.md, section 4. The weight decay is 0 by default, where
@@ -193,8 +194,9 @@ class GRMSprop(PathOptimizer):
 
     Parameters
     ----------
-    params, network, example_inputs, leave_out, residual, batch_norm, scale, rule, max_ratio, clip_norm, threads
-    engine, maximize
+    params, network, example_inputs, leave_out, residual, batch_norm
+        See `GSGD`.
+    scale, rule, max_ratio, clip_norm, threads, engine, maximize
         See `GSGD`.
     lr, alpha, eps, weight_decay, momentum
         As in `torch.optim.RMSprop`, on the coordinates of METHOD.md, section 4.
