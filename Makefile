@@ -5,7 +5,8 @@
 #               make fuzz SEED=... repeats it. Where clang is installed, libFuzzer then drives the C core for a minute
 # make soak     an hour (MINUTES=60) of steps, saves, copies, forks and refused steps at random: memory has to stay flat
 # make mutants      whether the tests notice some ninety changes of a line each: an hour
-# make test-wild    trace what other libraries ship, which is installed in build/wild, and write docs/architectures.md
+# make test-wild    trace what other libraries ship, which is installed in build/wild, and write docs/architectures.md;
+#                   go on from checkpoints of Lightning and Accelerate
 # make lint     ruff, mypy, clang-format, and the compiler with warnings as errors
 # make bench    the step against PyTorch's optimizers; make bench-training: whole training steps;
 #               make bench-scaling: construction and step against the number of weights;
@@ -66,7 +67,7 @@ mutants: .venv/dev
 	$(BIN)/python tests/mutants.py
 
 test-wild: .venv/dev build/wild
-	PYTHONPATH=build/wild HF_HUB_OFFLINE=1 $(BIN)/pytest -q tests/test_wild.py
+	PYTHONPATH=build/wild HF_HUB_OFFLINE=1 $(BIN)/pytest -q tests/test_wild.py tests/test_torch_resume.py
 
 lint: .venv/dev
 	$(BIN)/ruff check
