@@ -57,7 +57,7 @@ def _axes(a: ArrayLayout) -> tuple[list[int | None], int | None]:
         groups |= {*side}
     rest = [i for i in range(len(a.shape)) if i not in groups and i not in found]
     found[0], apart = [*sorted(groups, key=lambda i: -a.shape[i]), None, None][:2]
-    if found[1] is None and len(rest) > 1:  # lines for threads to share
+    if found[1] is None and rest:  # lines for threads to share; taps would take memory per column
         found[1] = rest.pop(0)
     vacant = (dim for dim in (5, 4, 3, 2, 1, 0) if found[dim] is None)
     for dim, axis in zip(vacant, reversed(rest), strict=False):

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from networks import Array, Model, Params, models
 
 import gsgd
+from gsgd import core_shard
 from gsgd.core_shard import shard_plan
 from gsgd.layout import network_layout, part
 
@@ -180,6 +181,17 @@ def test_shards_of_every_method(method: str, limits: tuple[float, float], ranks:
     for axis in (0, 1):
         whole = Whole(dense_and_conv(), method)
         steps_alike(whole, [Shard(whole, axis, rank, ranks, uncut) for rank in range(ranks)], limits)
+
+
+def test_a_dense_layer_is_rows_and_columns_whatever_it_leads_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A plan holds a sum for every column and tap: were pinned rows taps, that would be one for every weight."""
+    model = Model(0, 4)
+    whole = Whole(model.output(model.dense(model.activation(model.dense(model.x, 7), "relu"), 3)), "sgd")
+    blocks: list[Any] = []
+    plan = core_shard._core.Plan
+    monkeypatch.setattr(core_shard._core, "Plan", lambda *args: blocks.extend(args[2]) or plan(*args))
+    Shard(whole, 0, 0, 1)
+    assert [extents for number, extents, *_ in blocks if number == 2] == [(1, 3, 7, 1, 1, 1)]
 
 
 def test_solved_tree_weights_are_those_that_will_be_read() -> None:
