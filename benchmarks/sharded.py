@@ -1,29 +1,36 @@
 """A step on sharded weights, against AdamW on the same shards: ``sharded.py``, which starts 1, 2 and 4 processes.
 
 The model is a perceptron of layers of equal width; every process has one thread. Times are medians over steps of the
-slowest process, and only their ratios are told, with what is sent and what every process holds.
+slowest process, and only their ratios are told, with what is sent and what every process holds: its tables, by
+malloc's count (glibc's).
 """
 
 from __future__ import annotations
 
+import ctypes
+import gc
+import os
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import fields, is_dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+os.environ["TRITON_INTERPRET"] = "1"  # Triton's tables are made on the CPU, too
+
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 import gsgd.torch
+from gsgd.coordinates import NAMES, Coordinates
+from gsgd.torch.engines.sharded import ShardedArrayEngine, ShardedCoreEngine, ShardedTritonEngine
 
 WIDTH, LAYERS, STEPS = 1024, 8, 9
 
@@ -41,15 +48,19 @@ def median(step: Callable[[], Any]) -> float:
     return float(slowest)
 
 
-def tensors(x: Any) -> Iterator[Tensor]:
-    """All tensors in tables."""
-    if isinstance(x, Tensor):
-        yield x
-    elif is_dataclass(x):
-        yield from tensors([getattr(x, f.name) for f in fields(x)])
-    elif isinstance(x, (tuple, list)):
-        for y in x:
-            yield from tensors(y)
+class Counts(ctypes.Structure):
+    """glibc's struct mallinfo2."""
+
+    _fields_ = [(f"field{i}", ctypes.c_size_t) for i in range(10)]
+
+
+def allocated() -> int:
+    """Bytes that malloc has given out."""
+    gc.collect()
+    libc = ctypes.CDLL(None)
+    libc.mallinfo2.restype = Counts
+    counts = libc.mallinfo2()
+    return int(counts.field4 + counts.field7)  # hblkhd, uordblks
 
 
 def work(meet: str, rank: int, world: int) -> None:
@@ -74,13 +85,21 @@ def work(meet: str, rank: int, world: int) -> None:
     vector = torch.zeros(sent // 8, dtype=torch.float64)
     alone = median(lambda: dist.all_reduce(vector))
     times = [[median(opt.step) for opt in (core, arrays, theirs)] for _ in range(3)]
-    held = {t.data_ptr(): t.numel() * t.element_size() for t in tensors([engine.whole, engine.here, engine.counted])}
+    saved = core.state_dict()["param_groups"][0]["gsgd"]
+    coordinates = Coordinates.load({name: saved[name].numpy() for name in NAMES}, network.num_units)
+    held = []
+    for kind in (ShardedCoreEngine, ShardedArrayEngine, ShardedTritonEngine):
+        kind(network, coordinates, dict(model.named_parameters()))  # what is made once is made now
+        before = allocated()
+        made = kind(network, coordinates, dict(model.named_parameters()))
+        held.append((allocated() - before) / network.num_units)
+        del made
     shard = sum(p.to_local().numel() for p in model.parameters() if isinstance(p, DTensor))
     if rank == 0:
         ratios = [sorted(own[i] / own[2] for own in times) for i in range(2)]
         print(
             f"| {world} | {network.num_units} | {sent / network.num_units:.0f} | "
-            f"{sum(held.values()) / network.num_units:.0f} | {sum(held.values()) / (12 * shard):.3f} | "
+            f"{held[0]:.0f}, {held[1]:.0f}, {held[2]:.0f} | {12 * shard / network.num_units:.0f} | "
             + "".join(f"{middle:.2f} ({low:.2f} to {high:.2f}) | " for low, middle, high in ratios)
             + f"{alone / times[1][0]:.3f} |",
             flush=True,
@@ -90,7 +109,7 @@ def work(meet: str, rank: int, world: int) -> None:
 
 def main() -> None:
     print(
-        "| processes | units | bytes reduced per unit | table bytes per unit | tables / (weights and moments here) "
+        "| processes | units | bytes reduced per unit | of tables: C core, arrays, Triton | of weights and moments "
         "| GAdam / AdamW | in array operations | share of the all-reduce |\n|---|---|---|---|---|---|---|---|",
         flush=True,
     )
