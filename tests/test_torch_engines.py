@@ -145,12 +145,16 @@ def test_a_step_stays_on_its_device(monkeypatch: pytest.MonkeyPatch, device: str
             return x.narrow(0, start, stop - start)
         return x.select(0, first) if isinstance(first, int) else torch.ops.aten.index.Tensor(x, [first, *others])
 
+    def put(x: Tensor, at: tuple[Tensor, ...], values: Tensor | float) -> None:
+        values = values if isinstance(values, Tensor) else x.new_full((), values)
+        torch.ops.aten.index_put_(x, [*at], values)
+
     # these want to see the device before they ask whether the tensors are of this kind
     monkeypatch.setattr(torch, "where", where_out)
     monkeypatch.setattr(torch, "_foreach_copy_", copy)
     monkeypatch.setattr(Tensor, "copy_", lambda x, y: x)
     monkeypatch.setattr(Tensor, "__getitem__", get)
-    monkeypatch.setattr(Tensor, "__setitem__", lambda x, at, y: torch.ops.aten.index_put_(x, [*at], y))
+    monkeypatch.setattr(Tensor, "__setitem__", put)
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
         tensors = {name: torch.empty(p.shape, device=device) for name, p in opt._tensors().items()}
         engine = ArrayEngine(opt.network, opt._coordinates, tensors)
