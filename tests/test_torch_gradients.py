@@ -99,6 +99,32 @@ def test_gradients_with_the_negative_bit(engine: str) -> None:
     assert_same(models[0], weights(models[1]))
 
 
+class Wrapper(Tensor):
+    """A shape without memory, as DTensors and quantized tensors have it."""
+
+    @staticmethod
+    def __new__(cls, wrapped: Tensor) -> "Wrapper":
+        return Tensor._make_wrapper_subclass(cls, wrapped.shape, dtype=wrapped.dtype)
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        raise RuntimeError(f"{func} of a tensor without values")
+
+
+@pytest.mark.parametrize("without_memory", [Wrapper, lambda g: torch._efficientzerotensor(g.shape, dtype=g.dtype)])
+def test_gradients_without_memory_are_refused(without_memory: Callable[[Tensor], Tensor]) -> None:
+    """By the C core, which would read what lies elsewhere."""
+    model = Net()
+    opt = make(model)
+    train(model, opt, range(1))
+    backward(model, 1)
+    before, p = weights(model), model.body.fc.weight
+    p.grad = without_memory(p.grad)
+    with pytest.raises((RuntimeError, ValueError)):
+        opt.step()
+    assert_same(model, before)
+
+
 def negate_lazily(g: Tensor) -> None:
     g.data = torch._neg_view(-g)
 

@@ -79,16 +79,18 @@ static int take_tensor(Plan *self, PyObject *item, const source *from, ptrdiff_t
     }
     if (from->exchange->view(item, &t) != 0)
         return 0;
-    int fits = is_real(&t, s->ndim, size);
+    int fits = is_real(&t, s->ndim, size), empty = 0;
     for (int d = 0; fits && d < s->ndim; ++d) {
         fits = t.shape[d] == s->shape[d];
+        empty |= t.shape[d] == 0;
         strides[d] = t.strides[d];
     }
-    char *data = t.data != NULL ? (char *)t.data + t.byte_offset : (char *)strides; /* empty, but there */
-    if (!fits || (uintptr_t)data % size) {
+    /* empty ones are there, too; a tensor that wraps others has a shape, but no memory */
+    char *data = empty ? (char *)strides : t.data != NULL ? (char *)t.data + t.byte_offset : NULL;
+    if (!fits || data == NULL || (uintptr_t)data % size) {
         PyErr_Format(PyExc_ValueError,
-                     "%s of %R: expected a tensor of its shape, of float%zd on the CPU, aligned", what,
-                     s->name, (Py_ssize_t)(8 * size));
+                     "%s of %R: expected a tensor of its shape, of float%zd in the CPU's memory, aligned",
+                     what, s->name, (Py_ssize_t)(8 * size));
         return 0;
     }
     self->array[role * self->arrays + i] = (gsgd_array){data, strides};
