@@ -331,7 +331,7 @@ def _transformation(
             [now] * len(weights),
             limit(options.max_ratio),
             options.clip_norm,
-            apply=_traced_once(now) if isinstance(count, jax.core.Tracer) else stages.apply,
+            apply=_traced_once(now) if _compiles() else stages.apply,
         )
         values, moments = zip(*new, strict=True) if weights else ((), ())
         updates = [x - w for x, w in zip(values, weights, strict=True)]
@@ -373,6 +373,11 @@ def _transformation(
         )
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _compiles() -> bool:
+    """Whether operations are compiled together, as in ``jax.jit``: `jax.vmap` alone runs them one by one."""
+    return isinstance(jnp.zeros(()), jax.core.Tracer)
 
 
 def _traced_once(method: Method) -> Callable[..., Any]:

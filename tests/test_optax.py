@@ -193,6 +193,18 @@ def test_seeds_in_parallel_are_seeds_one_by_one() -> None:
         assert_close(jax.tree.map(lambda x, i=i: x[i], together), alone, rtol=1e-9, atol=1e-12)
 
 
+def test_seeds_in_parallel_compile_nothing_new_at_later_steps(caplog: pytest.LogCaptureFixture) -> None:
+    """Where `jax.vmap` runs operation by operation."""
+    tx = gopt.gadam(0.1, chain())
+    params = jax.vmap(start)(jax.random.split(jax.random.key(3), 3))
+    state, grads = jax.vmap(tx.init)(params), jax.tree.map(jnp.ones_like, params)
+    for step in range(3):
+        caplog.clear()
+        with jax.log_compiles(step == 2):
+            _, state = jax.vmap(tx.update)(grads, state, params)
+    assert not [r.getMessage() for r in caplog.records if "ompil" in r.getMessage()]
+
+
 @pytest.mark.usefixtures("x64")
 def test_the_scale_is_the_same_where_weights_have_no_values_yet() -> None:
     """Nor does the thread of a host callback know of x64 mode."""
