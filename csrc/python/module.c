@@ -547,7 +547,7 @@ static PyObject *checksum(PyObject *Py_UNUSED(module), PyObject *array) {
 }
 
 static PyMethodDef module_methods[] = {
-    {"checksum", checksum, METH_O, "checksum(array) -> one of its bytes, 64 bits"},
+    {"checksum", checksum, METH_O, "checksum(array) -> a hash of its bytes, 64 bits"},
     {"takes", gsgd_takes, METH_O, "takes(type) -> whether tensors of it may stand in lists of arrays"},
     {"lie_at", gsgd_lie_at, METH_VARARGS, "lie_at(tensors, arrays) -> whether these have the same memory"},
     {NULL, NULL, 0, NULL},
