@@ -30,7 +30,7 @@ Ids = NDArray[np.int32]
 Shape = tuple[int, ...]
 
 IN, OUT = 0, 1  # the rows of tables over both trees
-UNREAD = {"rows", "cols", "owner", "edge", "end"}  # tables of which stages read the length at most
+UNREAD = {"rows", "cols", "owner", "edge", "end"}  # tables of which the stages read no more than the length
 
 
 @dataclass(frozen=True)

@@ -9,13 +9,13 @@
 
 static int type_number(gsgd_type type) { return type == GSGD_FLOAT32 ? NPY_FLOAT32 : NPY_FLOAT64; }
 
-/* How tensors tell where they lie; a type is asked once for all of its tensors that follow each other. */
+/* How tensors of a type tell where they lie; it is asked once for a run of them. */
 typedef struct {
     PyTypeObject *type;
     const dlpack_exchange *exchange; /* NULL: they do not */
 } source;
 
-static void know(source *from, PyTypeObject *type) {
+static void ask(source *from, PyTypeObject *type) {
     if (from->type == type)
         return;
     PyObject *capsule = PyObject_GetAttrString((PyObject *)type, "__dlpack_c_exchange_api__");
@@ -37,7 +37,7 @@ static int is_real(const dlpack_tensor *t, int ndim, size_t size) {
 PyObject *gsgd_takes(PyObject *Py_UNUSED(module), PyObject *type) {
     source from = {NULL, NULL};
     if (PyType_Check(type))
-        know(&from, (PyTypeObject *)type);
+        ask(&from, (PyTypeObject *)type);
     return PyBool_FromLong(from.exchange != NULL);
 }
 
@@ -51,7 +51,7 @@ PyObject *gsgd_lie_at(PyObject *Py_UNUSED(module), PyObject *args) {
         PyObject *item = PyList_GetItem(tensors, i);
         PyArrayObject *a = (PyArrayObject *)PyList_GetItem(arrays, i);
         dlpack_tensor t;
-        know(&from, Py_TYPE(item));
+        ask(&from, Py_TYPE(item));
         same = PyArray_Check((PyObject *)a) && from.exchange != NULL && from.exchange->view(item, &t) == 0;
         PyErr_Clear();
         size_t size = same ? (size_t)PyArray_ITEMSIZE(a) : 0;
@@ -116,7 +116,7 @@ const gsgd_array *gsgd_take_arrays(Plan *self, PyObject *list, int role, const c
         int number = flags & AS_FLOAT64 ? NPY_FLOAT64 : type_number(s->type);
         ptrdiff_t size = number == NPY_FLOAT32 ? sizeof(float) : sizeof(double);
         if (!PyArray_Check(item)) {
-            know(&from, Py_TYPE(item));
+            ask(&from, Py_TYPE(item));
             if (!take_tensor(self, item, &from, i, role, what, (size_t)size))
                 return NULL;
             continue;
