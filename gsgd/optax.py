@@ -362,7 +362,8 @@ def _transformation(
         # on one device operation by operation, as usual; on several, not every operation takes sharded arrays
         run = compiled if any(_is_on_several_devices(w) for w in weights) else step
         run = _on_automatic_axes(run, weights)
-        updates, m, v, taken, clamped = run(trees, reference, weights, gradients, m, v, state.count)
+        with jax.numpy_dtype_promotion("standard"):  # whatever the caller's is
+            updates, m, v, taken, clamped = run(trees, reference, weights, gradients, m, v, state.count)
         return structure.unflatten(updates), State(
             state.count + taken,
             state.clamped + clamped,

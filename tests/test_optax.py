@@ -144,6 +144,15 @@ def test_steps_without_x64(method: str, options: dict[str, Any]) -> None:
         compare_with_core(method, np.float32, 3e-4, **options)
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_steps_where_dtypes_are_promoted_by_hand_alone(method: str) -> None:
+    tx, params = METHODS[method][0](chain(), clip_norm=1.0), start(jax.random.key(0))
+    expected, _ = jax.jit(tx.update)(params, tx.init(params), params)
+    with jax.numpy_dtype_promotion("strict"):
+        updates, _ = jax.jit(tx.update)(params, tx.init(params), params)
+    jax.tree.map(np.testing.assert_array_equal, updates, expected)
+
+
 def test_bfloat16_keeps_its_type() -> None:
     tx, params, losses = gopt.gadam(lambda step: 0.1 / (10 + step), chain()), start(jax.random.key(0)), []
     for dtype in (jnp.float32, jnp.bfloat16):
