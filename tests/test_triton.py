@@ -20,6 +20,7 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from networks import Model, Params, mlp, models
 from torch import Tensor, nn
+from torch_models import assert_breaks_at_step_only
 
 import gsgd.torch
 from gsgd.layout import network_layout, part
@@ -444,26 +445,9 @@ def test_sheets_are_cut_where_int32_ends() -> None:
 
 
 def test_a_compiled_training_step_breaks_at_step_only() -> None:
-    from torch._dynamo.utils import counters
-
     model = nn.Sequential(nn.Linear(5, 7), nn.ReLU(), nn.Linear(7, 3)).to(DEVICE)
     opt = GSGD(model, lr=0.01, momentum=0.9, engine="triton")
-    x = torch.ones(4, 5, device=DEVICE)
-
-    def train() -> None:
-        model(x).square().mean().backward()
-        opt.step()
-
-    counters.clear()
-    compiled = torch.compile(train, backend="eager")
-    for _ in range(2):
-        compiled()
-        opt.zero_grad()
-    assert opt.stats.steps == 2
-    assert counters["stats"]["unique_graphs"] == 1  # the model's
-    breaks = [reason for reason in counters["graph_break"] if "Tensor.backward" not in reason]
-    assert len(breaks) == 1
-    assert "PathOptimizer.step" in breaks[0]
+    assert_breaks_at_step_only(model, opt, torch.ones(4, 5, device=DEVICE))
 
 
 def test_all_kernels_compile_for_two_generations_of_devices() -> None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import gsgd
 import gsgd.torch.engines.core
-from gsgd.torch import GSGD
+from gsgd.torch import GSGD, GAdam
 
 Weights = dict[str, Tensor]
 
@@ -112,3 +112,24 @@ def assert_close(one: nn.Module, other: nn.Module, **tolerances: float) -> None:
 
 def make(model: nn.Module, **settings: Any) -> GSGD:
     return GSGD(model, example_inputs=example(), **{"lr": 0.05, "momentum": 0.9, **settings})
+
+
+def assert_breaks_at_step_only(model: nn.Module, opt: GSGD | GAdam, x: Tensor) -> None:
+    """A compiled training step is the model's graph, and one break at the optimizer's step."""
+    from torch._dynamo.utils import counters
+
+    def train() -> None:
+        model(x).square().mean().backward()
+        opt.step()
+
+    torch.compiler.reset()  # what it has compiled for another optimizer
+    counters.clear()
+    compiled = torch.compile(train, backend="eager")
+    for _ in range(2):
+        compiled()
+        opt.zero_grad()
+    assert opt.stats.steps == 2
+    assert counters["stats"]["unique_graphs"] == 1  # the model's
+    breaks = [reason for reason in counters["graph_break"] if "Tensor.backward" not in reason]
+    assert len(breaks) == 1
+    assert "PathOptimizer.step" in breaks[0]
