@@ -115,33 +115,33 @@ def select(finite: Array, old: Array, new: Array) -> Array:
     return xp.where(finite, xp.astype(new, old.dtype), old)
 
 
-def products(a: ArrayLayout, w: Array, g: Array | None) -> tuple[list[Array], Array]:
-    """Of ``w * g``, the sums over rows for every position, and the entries at the tree edges; 0 without g.
+def products(a: ArrayLayout, w: Array, g: Array | None, real: Any) -> tuple[list[Array], Array]:
+    """The sums of ``w * g`` over rows for every position, of dtype `real`, and g at the tree edges; 0 without g.
 
     Joined arrays' products are written over g.
     """
     xp, where = array_namespace(w), device(w)
-    real = real_type(xp, where)
     if g is None:
         sizes = [own.cols.size for own, _ in views(a, w) if own.cols]
-        return [xp.zeros((n,), dtype=real, device=where) for n in sizes], xp.zeros(
-            a.edges.shape, dtype=real, device=where
-        )
-    w, g = wide(w), wide(g)
-    if a.parts:
-        g *= w
-        at_edges = take(g, a.index)
-    else:
-        at_edges = take(w, a.index) * take(g, a.index)
-        g = w * g if a.cols else g
+        none = xp.zeros(a.edges.shape, dtype=w.dtype, device=where)
+        return [xp.zeros((n,), dtype=real, device=where) for n in sizes], none
+    at_edges = take(g, a.index)
+    if a.parts or a.cols:
+        w, g = wide(w), wide(g)
+        if a.parts:
+            g *= w
+        else:
+            g = w * g
     with_columns = [(own, view) for own, view in views(a, g) if own.cols]
     return [xp.reshape(xp.sum(x, axis=own.over_rows, dtype=real), (-1,)) for own, x in with_columns], at_edges
 
 
-def largest(arrays: Sequence[Array | Sequence[Array] | None]) -> list[Array]:
-    """The largest magnitude of every array that is there and not empty, NaN where an entry is.
+def magnitudes(arrays: Sequence[Array | Sequence[Array] | None]) -> list[Array]:
+    """A norm of every array that is there and not empty: infinity or NaN where an entry is.
 
-    Of all of JAX's vectors together: to compile reductions of few numbers takes long.
+    Of JAX's arrays the sum, infinite where that overflows, too: its maximum overlooks NaN among 4,096 numbers or more
+    on a CPU (JAX 0.10.2). Of its vectors there is one for all, of at least as many numbers: to compile reductions of
+    fewer takes long.
     """
     each = [y for x in arrays if x is not None for y in (x if isinstance(x, Sequence) else [x])]
     given = [x for x in each if math.prod(x.shape)]
@@ -150,21 +150,25 @@ def largest(arrays: Sequence[Array | Sequence[Array] | None]) -> list[Array]:
 
         return list(torch._foreach_norm(given, math.inf))  # one call for all
     if given and is_jax_array(given[0]):
-        vectors = [x for x in given if x.ndim == 1]
-        given = [*([array_namespace(*vectors).concat(vectors)] if vectors else []), *(x for x in given if x.ndim != 1)]
+        vectors, others = ([x for x in given if (x.ndim == 1) is wanted] for wanted in (True, False))
+        if vectors:
+            xp = array_namespace(*vectors)
+            more = np.resize([0.0, 1.0], max(0, 4096 - sum(x.size for x in vectors)))  # XLA would compute a constant 0
+            others.append(xp.concat([*vectors, xp.asarray(more, dtype=vectors[0].dtype)]))
+        return [array_namespace(x).sum(array_namespace(x).abs(wide(x))) for x in others]
     return [array_namespace(x).max(array_namespace(x).abs(x)) for x in given]
 
 
-def verdict(checked: Array, largest: Sequence[Array], bounds: Array, limited: Array) -> tuple[Array, Array]:
-    """Whether the rows of `checked` and then what is `largest` are within `bounds`; and how many are `limited`."""
+def verdict(checked: Array, magnitudes: Sequence[Array], bounds: Array, limited: Array) -> tuple[Array, Array]:
+    """Whether the rows of `checked` and then the `magnitudes` are within `bounds`; and how many are `limited`."""
     xp, rows = array_namespace(checked), checked.shape[0]
     if is_jax_array(checked):  # from one sum: of 1 for each that is limited, and infinity for what is out of bounds
-        more = xp.concat([xp.zeros((1,), dtype=bounds.dtype), *(xp.reshape(x, (1,)) for x in largest)])
+        more = xp.concat([xp.zeros((1,), dtype=bounds.dtype), *(xp.reshape(x, (1,)) for x in magnitudes)])
         within = (xp.reshape(xp.abs(checked) <= bounds[:rows, None], (-1,)), more < math.inf)
         total = xp.linalg.vector_norm(xp.concat([*(xp.where(x, 0, math.inf) for x in within), limited]), ord=1)
         return total < math.inf, total
     sizes = xp.linalg.vector_norm(checked, axis=1, ord=math.inf)
-    finite = xp.all(xp.concat([sizes, *(xp.reshape(x, (1,)) for x in largest)]) <= bounds)
+    finite = xp.all(xp.concat([sizes, *(xp.reshape(x, (1,)) for x in magnitudes)]) <= bounds)
     return finite, xp.count_nonzero(limited)
 
 
@@ -212,14 +216,16 @@ def cut(table: Array, t: Layout) -> Iterator[tuple[Any, ...]]:
     positions, and what `set_edges` takes: the new weights of tree edges and dl/dx of these.
 
     Where arrays are written to, all are read in one call. Elsewhere each is, for JAX: kernels that are equal but for
-    where they begin would be compiled one by one.
+    where they begin would be compiled one by one. So that JAX compiles one for arrays of one shape, lines that are
+    pinned have factors, 1, where those of another array have any.
     """
-    xp = array_namespace(table)
+    xp, (height, width) = array_namespace(table), table.shape
     cols, rows, edges = t.cols.shape[0], t.rows.shape[0], t.owner.shape[0]
-    starts = list(accumulate((0, cols, rows, cols, edges)))[: 5 if table.shape[0] > 2 else 2]
+    starts = list(accumulate((0, cols, rows, cols, edges)))[: 5 if height > 2 else 2]
     ids = t.factors if len(starts) == 5 else t.factors[: cols + rows]
     table = xp.reshape(table, (-1,))
     values = table[ids] if is_written_to(table) else None
+    lines = {a.shape: a.rows.shape for a in t.arrays if a.rows} if is_jax_array(table) else {}
 
     def of(start: int, span: Span | None) -> Array | None:
         if span is None:
@@ -227,16 +233,23 @@ def cut(table: Array, t: Layout) -> Iterator[tuple[Any, ...]]:
         here = Span(start + span.start, span.shape)
         return take(table, here.of(array_namespace(ids), ids)) if values is None else here.of(xp, values)
 
+    def of_cols(start: int, a: ArrayLayout) -> Array | None:
+        return of(start, a.cols)
+
+    def of_rows(start: int, a: ArrayLayout) -> Array | None:
+        found = of(start, a.rows)
+        if found is None and a.shape in lines:
+            ones = [width - 1, 2 * width - 1]  # two, as XLA would make another kernel for a constant
+            return take(table, np.resize(ones, lines[a.shape]).astype(np.int32))
+        return found
+
     def on_lines(start: int, a: ArrayLayout, places: Places | None) -> Array | None:
         """Where a line has no edge, any number."""
         return None if places is None else take(table, ids[start + a.edges.start + places.edge])
 
     for a in t.arrays:
-        cols_of, rows_of = [x.cols for x in a.arrays], [x.rows for x in a.arrays]
-        factors = [
-            [of(start, span) for span in spans]
-            for start, spans in zip(starts, (cols_of, rows_of, cols_of), strict=False)
-        ]
+        each = zip(starts, (of_cols, of_rows, of_cols), strict=False)
+        factors = [[factor(start, x) for x in a.arrays] for start, factor in each]
         if len(starts) == 2:
             yield tuple(factors)
         elif values is not None:

@@ -89,6 +89,11 @@ class ArrayLayout:
         The first of the two axes of `shape` that are one of the array; -1: none are.
     chain, free : Places or None
         The same tree edges: in-edges of chains, by row; free edges, by column. None where the array has none.
+    has_chains : bool
+        Whether chains have their in-edges here.
+    summed : bool
+        Whether all entries leave units, and so enter the sums of chains (`Layout.sums`), which then are not finite
+        where one of them is not.
     parts : tuple of Part
         Of a vector of several arrays, see `join`, where these are: they have its rows and columns.
     """
@@ -101,6 +106,8 @@ class ArrayLayout:
     groups: int
     chain: Places | None
     free: Places | None
+    has_chains: bool
+    summed: bool
     parts: tuple[Part, ...] = ()
 
     @property
@@ -155,8 +162,9 @@ class Layout:
     edge : int array, shape (2, H + 1)
         The inverse: the in-edge and the out-edge of every unit among tree edges; E where there is none.
     reads : int array, shape (4, H + 1)
-        Where a step finds what is at tree edges in rows of E + 1 numbers, the last of which are for units without:
-        weights of in-edges and out-edges in the first, moments of chains in the next two.
+        Where a step finds what is at tree edges: the weights of in-edges and out-edges among those of all, and after
+        them two rows of moments of chains, each at the tree edges of arrays that have chains. The last of every row
+        are for units without.
     end : int array, shape (2, H + 1)
         The unit at the other end of the in-edge, its source, and of the out-edge.
     roots : int array, shape (2, H + 1)
@@ -169,13 +177,15 @@ class Layout:
         For products along both trees: after each jump a unit has gathered twice as many. They index as `owner` does.
     sums : tuple of int arrays, shapes (n, k)
         For q per chain (METHOD.md, section 2). The first adds up entries of a vector, (positions + E + 1,): one number
-        per position, one per tree edge, and 0; the next does so with the sums, and the last has H + 1 rows.
+        per position, one per tree edge, and 0; the next does so with the sums. The last row of each sums to 0.
+    sum_of : int array, shape (H + 1,)
+        Which of the last sums is q of a unit's chain; 0 where it has none.
     sign : array, shape (positions + E + 1,)
         1 or -1: whether they are added or subtracted.
     ends : array, shape (2,)
         What stands for tree edges that are not there: 0, and 1 for their weights. In a part of a layout both are 0.
     factors : int array, shape (lines + 2 positions + 2 E,)
-        What arrays need of the table `stages.Solution.checked`, (11, H + 1), flattened: 1 / A of their positions, 1 / B
+        What arrays need of the table `stages.Solution.checked`, (10, H + 1), flattened: 1 / A of their positions, 1 / B
         of their lines, 1 / rho of their positions, new weights of their tree edges and dl/dx of these.
     """
 
@@ -191,6 +201,7 @@ class Layout:
     array: Array
     jumps: tuple[Array, ...]
     sums: tuple[Array, ...]
+    sum_of: Array
     sign: Array
     ends: Array
     factors: Array
@@ -280,22 +291,26 @@ def layout(
                 groups=axis_of_groups,
                 chain=chain_places,
                 free=free_places,
+                has_chains=not is_free.all(),
+                summed=spans[1] is not None and bool((cols[-1] < units).all()),
             )
         )
     all_rows, all_cols = (np.concatenate([np.zeros(0, np.int64), *found]) for found in (rows, cols))
+    sums, sum_of = _sums(_owners(root, all_cols, owner), units)
     return Layout(
         arrays=tuple(arrays),
         rows=all_rows.astype(np.int32),
         cols=all_cols.astype(np.int32),
         owner=owner.astype(np.int32),
         edge=edge.astype(np.int32),
-        reads=_reads(edge, chain, len(edges)),
+        reads=_reads(edge, chain, arrays),
         end=end.astype(np.int32),
         roots=np.stack([root, root[end[IN]]]).astype(np.int32),
         chain=chain,
         array=array.astype(np.int32),
         jumps=jumps,
-        sums=_sums(_owners(root, all_cols, owner), units),
+        sums=sums,
+        sum_of=sum_of,
         sign=_signs(all_cols, owner),
         ends=np.array([0.0, 1.0]),
         factors=_factors(all_rows, all_cols, owner, units),
@@ -320,7 +335,8 @@ def part(t: Layout, held: Sequence[Sequence[NDArray[np.int64]] | None]) -> Layou
         if own is None:
             none = Span(sum(map(len, kept)), (0,))
             index = tuple(x[:0] for x in a.index)
-            arrays.append(replace(a, rows=None, cols=None, edges=none, index=index, chain=None, free=None))
+            pinned = replace(a, rows=None, cols=None, edges=none, index=index, chain=None, free=None)
+            arrays.append(replace(pinned, has_chains=False, summed=False))
             continue
         spans: list[Span | None] = []
         for found, span, table in ((rows, a.rows, t.rows), (cols, a.cols, t.cols)):
@@ -353,6 +369,8 @@ def part(t: Layout, held: Sequence[Sequence[NDArray[np.int64]] | None]) -> Layou
                 groups=-1,
                 chain=chain,
                 free=free,
+                has_chains=bool(in_chain.any()),
+                summed=a.summed,
             )
         )
     numbers = np.concatenate([np.zeros(0, np.int64), *kept])
@@ -360,6 +378,7 @@ def part(t: Layout, held: Sequence[Sequence[NDArray[np.int64]] | None]) -> Layou
     of_edge[numbers] = np.arange(len(numbers))
     owner = t.owner[numbers]
     all_rows, all_cols = (np.concatenate([np.zeros(0, np.int32), *found]) for found in (rows, cols))
+    sums, sum_of = _sums(_owners(t.root, all_cols, owner), units)
     return replace(
         t,
         arrays=tuple(arrays),
@@ -367,8 +386,9 @@ def part(t: Layout, held: Sequence[Sequence[NDArray[np.int64]] | None]) -> Layou
         cols=all_cols,
         owner=owner,
         edge=of_edge[t.edge],
-        reads=_reads(of_edge[t.edge], t.chain, len(numbers)),
-        sums=_sums(_owners(t.root, all_cols, owner), units),
+        reads=_reads(of_edge[t.edge], t.chain, arrays),
+        sums=sums,
+        sum_of=sum_of,
         sign=_signs(all_cols, owner),
         ends=np.zeros(2),
         factors=_factors(all_rows, all_cols, owner, units),
@@ -400,18 +420,21 @@ def join(t: Layout, groups: Sequence[tuple[int, ...]], strides: Sequence[tuple[i
             if a.edges.size:
                 at = np.ravel_multi_index([a.index[axis] for axis in order], shape)
                 places.append((start + at).astype(np.int32))
-            bare = replace(a, edges=Span(0, (0,)), index=(), chain=None, free=None)
+            bare = replace(a, edges=Span(0, (0,)), index=(), chain=None, free=None, has_chains=False, summed=False)
             part = Part(Span(start, shape), tuple(order.index(axis) for axis in range(len(shape))), bare)
             start = part.span.stop
             both = _in_one(parts[-1], part) if parts else None
             parts = [*parts[:-1], both] if both else [*parts, part]
         index = np.concatenate(places)
         edges = Span(own[0].edges.start, (len(index),))
-        arrays.append(ArrayLayout((start,), None, None, edges, (index,), -1, None, None, tuple(parts)))
+        has_chains, summed = any(a.has_chains for a in own), all(a.summed for a in own)
+        arrays.append(
+            ArrayLayout((start,), None, None, edges, (index,), -1, None, None, has_chains, summed, tuple(parts))
+        )
     number = np.full(len(t.arrays) + 1, -1, dtype=np.int32)  # the last for units that are pinned
     for new, group in enumerate(groups):
         number[list(group)] = new
-    return replace(t, arrays=tuple(arrays), array=number[t.array])
+    return replace(t, arrays=tuple(arrays), array=number[t.array], reads=_reads(t.edge, t.chain, arrays))
 
 
 def _in_one(first: Part, second: Part) -> Part | None:
@@ -647,13 +670,19 @@ def _owners(root: NDArray[Any], cols: NDArray[Any], owner: NDArray[Any]) -> NDAr
     return np.append(root[cols], np.where(owner > units, root[owner - units - 1], owner)).astype(np.int64)
 
 
-def _reads(edge: NDArray[Any], chain: NDArray[np.bool_], count: int) -> Ids:
-    moments = np.where(chain, edge[IN], count)
-    return np.stack([*edge, count + 1 + moments, 2 * (count + 1) + moments]).astype(np.int32)
+def _reads(edge: NDArray[Any], chain: NDArray[np.bool_], arrays: Sequence[ArrayLayout]) -> Ids:
+    """See `Layout.reads`: moments are read at the tree edges of arrays with chains, one after the other."""
+    count = sum(a.edges.size for a in arrays)
+    kept = [np.arange(a.edges.start, a.edges.stop) for a in arrays if a.has_chains]
+    own = np.concatenate([*kept, [count]])
+    place = np.full(count + 1, len(own) - 1)
+    place[own] = np.arange(len(own))
+    moments = place[np.where(chain, edge[IN], count)]
+    return np.stack([*edge, count + 1 + moments, count + 1 + len(own) + moments]).astype(np.int32)
 
 
 def _signs(cols: NDArray[Any], owner: NDArray[Any]) -> NDArray[np.float64]:
-    """How they enter."""
+    """See `Layout.sign`."""
     return np.repeat([-1.0, 1.0], [len(cols), len(owner) + 1])
 
 
@@ -664,20 +693,22 @@ def _factors(rows: NDArray[Any], cols: NDArray[Any], owner: NDArray[Any], units:
     return np.concatenate((cols, n + rows, 2 * n + cols, 3 * n + owner, slopes)).astype(np.int32)
 
 
-def _sums(owner: NDArray[np.int64], units: int, width: int = 16) -> tuple[Ids, ...]:
-    """Tables that add up numbers by owner, at most `width` at once; those of owner `units` are left out."""
+def _sums(owner: NDArray[np.int64], units: int, width: int = 64) -> tuple[tuple[Ids, ...], Ids]:
+    """Tables that add up numbers by owner, at most `width` at once, and where the sums are; owners `units` have 0."""
     items = np.argsort(owner, kind="stable")[: np.count_nonzero(owner < units)]
-    own, zero = owner[items], len(owner)
+    of, own = np.unique(owner[items], return_inverse=True)
+    zero = len(owner)
     tables: list[Ids] = []
     while True:
-        count = np.bincount(own, minlength=units)
+        count = np.bincount(own, minlength=len(of))
         rank = np.arange(len(own)) - (np.cumsum(count) - count)[own]
-        if count.max(initial=0) <= width:
-            table = np.full((units + 1, max(1, count.max(initial=0))), zero, dtype=np.int32)
-            table[own, rank] = items
-            return (*tables, table)
         lines = -(-count // width)
-        table = np.full((lines.sum() + 1, width), zero, dtype=np.int32)
+        table = np.full((lines.sum() + 1, min(width, count.max(initial=1))), zero, dtype=np.int32)
         table[(np.cumsum(lines) - lines)[own] + rank // width, rank % width] = items
         tables.append(table)
-        own, items, zero = np.repeat(np.arange(units), lines), np.arange(lines.sum()), len(table) - 1
+        zero = len(table) - 1
+        if zero == len(of):
+            places = np.full(units + 1, zero, dtype=np.int32)
+            places[of] = np.arange(zero)
+            return tuple(tables), places
+        own, items = np.repeat(np.arange(len(of)), lines), np.arange(zero)

@@ -331,13 +331,12 @@ def _transformation(
             [now] * len(weights),
             limit(options.max_ratio),
             options.clip_norm,
-            apply=_traced_once(now) if _compiles() else stages.apply,
+            apply=_traced_once(now) if _compiles() else _update_of,
         )
-        values, moments = zip(*new, strict=True) if weights else ((), ())
-        updates = [x - w for x, w in zip(values, weights, strict=True)]
+        updates, moments = zip(*new, strict=True) if weights else ((), ())
         taken = solution.finite.astype(jnp.int32)
         clamped = taken * solution.clamped.astype(jnp.int32)
-        return updates, [m for m, _ in moments], [v for _, v in moments], taken, clamped
+        return list(updates), [m for m, _ in moments], [v for _, v in moments], taken, clamped
 
     compiled = jax.jit(step, static_argnums=0)
 
@@ -381,12 +380,22 @@ def _compiles() -> bool:
     return isinstance(jnp.zeros(()), jax.core.Tracer)
 
 
+def _update_of(
+    a: ArrayLayout, f: stages.Factors, finite: Array, w: Array, g: Array | None, moments: Any, method: Method
+) -> tuple[Array, Any]:
+    """What `stages.apply` adds to the weights, and the moments."""
+    new, moments = stages.apply(a, f, finite, w, g, moments, method)
+    return new - w, moments
+
+
 def _traced_once(method: Method) -> Callable[..., Any]:
-    """`stages.apply` by this method, traced once for all arrays that look alike."""
-    traced = jax.jit(partial(stages.apply, method=method))
+    """`_update_of` by this method, traced once for all arrays that look alike."""
+    traced = jax.jit(partial(_update_of, method=method))
 
     def apply(a: ArrayLayout, *args: Any) -> Any:
-        alike = replace(a, rows=None, cols=None, edges=Span(0, a.edges.shape), index=())  # it needs no more
+        alike = replace(  # it needs no more
+            a, rows=None, cols=None, edges=Span(0, a.edges.shape), index=(), has_chains=False, summed=False
+        )
         return traced(alike, *args[:-1])
 
     return apply
@@ -394,7 +403,9 @@ def _traced_once(method: Method) -> Callable[..., Any]:
 
 jax.tree_util.register_dataclass(Places, ["edge", "at"], [])
 jax.tree_util.register_dataclass(
-    ArrayLayout, ["index", "chain", "free", "parts"], ["shape", "rows", "cols", "edges", "groups"]
+    ArrayLayout,
+    ["index", "chain", "free", "parts"],
+    ["shape", "rows", "cols", "edges", "groups", "has_chains", "summed"],
 )
 jax.tree_util.register_dataclass(stages.Factors, [f.name for f in fields(stages.Factors)], [])
 

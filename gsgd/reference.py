@@ -12,7 +12,7 @@ from gsgd.blocks import PINNED, Block
 from gsgd.entries import along, at_edges, set_edges
 from gsgd.layout import IN, Array, ArrayLayout, Edges, Shape, layout
 from gsgd.methods import METHODS, Row
-from gsgd.stages import Scale, bounds_of, gather, step
+from gsgd.stages import Scale, bounds_of, gather, step, unsummed
 
 
 class Plan:
@@ -119,7 +119,7 @@ class Plan:
         if not all(g is None or np.isfinite(g).all() for g in gradients):
             raise FloatingPointError(-1)
         shared = {row: METHODS[int(row[0])].of_row(Row(*row)) for row in map(tuple, rates.tolist())}
-        given = sum(g is not None and g.size > 0 for g in gradients)
+        given = sum(g is not None and g.size > 0 for g in unsummed(self._layout, gradients))
         bounds = bounds_of(self._scale.c, [w.dtype for w in weights], given)
         with np.errstate(all="ignore"):
             # in C order, in which sums have the same bits for any strides

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from gsgd.entries import (
     along,
     cut,
-    largest,
+    magnitudes,
     products,
     read,
     real_type,
@@ -63,23 +63,24 @@ class Gathered:
     """What a step needs of the arrays per unit; of parts of them, these add up to those of the whole.
 
     q of chains, 0 where there is none; weights of tree edges, (2, H + 1), 1 where there is none (in parts 0); the
-    moments of in-edges. And, not per unit, the largest gradient of every array, which shows whether all are finite.
+    moments of in-edges. And, not per unit, the magnitude of the gradient of every array that is not `summed`, which
+    shows whether all is finite; of others q does.
     """
 
     q: Array
     weights: Array
     m: Array | None
     v: Array | None
-    largest: Sequence[Array]
+    magnitudes: Sequence[Array]
 
 
 @dataclass(frozen=True)
 class Solution:
     """What solve finds.
 
-    Per unit, (11, H + 1), what has to be within `bounds`: 1 / A, 1 / B, 1 / rho, the new weights of in-edges and of
-    out-edges, dl/dx of chains, all of which arrays need; and A, B, rho, path ratios, x. The factor that clips dl/dx;
-    the number of limited ratios, if all is within its bounds; whether it is.
+    Per unit, (10, H + 1), what has to be within `bounds`: 1 / A, 1 / B, 1 / rho, the new weights of in-edges and of
+    out-edges, dl/dx of chains, all of which arrays need; and path ratios, A, B, rho. The factor that clips dl/dx; the
+    number of limited ratios, if all is within its bounds; whether it is.
     """
 
     checked: Array
@@ -112,26 +113,39 @@ def gather(t: Layout, weights: Sequence[Array], sums: Sequence[Array | None], mo
     Free edges are in the sums of positions, and then taken back.
     """
     xp = array_namespace(weights[0][0] if isinstance(weights[0], Sequence) else weights[0])
+    real = real_type(xp, device(t.sign))
     kinds = [k for k in (0, 1) if any(own[k] is not None for own in moments)]
     columns: list[Array] = []
-    edges: list[list[Array]] = [[] for _ in ("w g", "w", *kinds)]
+    slopes: list[Array] = []
+    own_weights: list[Array] = []
+    rows: list[list[Array]] = [[] for _ in kinds]
     for a, w, g, own in zip(t.arrays, weights, sums, moments, strict=True):
         if a.edges.size or any(x.cols for x in a.arrays):
             w = read(w)
-            found, q = products(a, w, None if g is None else read(g))
+            own_weights.append(take(w, a.index))
+            found, at_edges = products(a, w, None if g is None else read(g), real)
             columns += found
-            each = (xp.zeros_like(q) if x is None else take(x, a.index) for x in (own[k] for k in kinds))
-            for row, x in zip(edges, (q, take(w, a.index), *each), strict=True):
-                row.append(x)
-    ends = (t.ends[:1], t.ends[1:], *[t.ends[:1]] * len(kinds))
-    numbers = xp.concat([*columns, *(x for row, end in zip(edges, ends, strict=True) for x in (*row, end))])
+            slopes.append(at_edges)
+            if a.has_chains:
+                for row, x in zip(rows, (own[k] for k in kinds), strict=True):
+                    row.append(xp.zeros_like(at_edges) if x is None else take(x, a.index))
+    # rounded as they are in the sums, so that a free edge without others leaves exactly 0
+    at_edges = [wide(xp.concat(slopes)) * wide(xp.concat(own_weights))] if slopes else []
+    zero, one = t.ends[:1], t.ends[1:]
+    numbers = xp.concat([*columns, *at_edges, zero, *own_weights, one, *(x for row in rows for x in (*row, zero))])
     n = t.sign.shape[0]
     q = numbers[:n] * t.sign
-    for rows in t.sums:
-        q = xp.sum(take(q, rows), axis=1)
+    for places in t.sums:
+        q = xp.sum(take(q, places), axis=1)
+    q = take(q, t.sum_of)
     table = take(numbers[n:], t.reads[: 2 + len(kinds), ...])
     m, v = table[2, ...] if 0 in kinds else None, table[-1, ...] if 1 in kinds else None
-    return Gathered(q, table[:2, ...], m, v, largest(sums))
+    return Gathered(q, table[:2, ...], m, v, magnitudes(unsummed(t, sums)))
+
+
+def unsummed(t: Layout, each: Sequence[Any]) -> list[Any]:
+    """What is given of arrays of which q does not show whether all gradients are finite."""
+    return [x for a, x in zip(t.arrays, each, strict=True) if not a.summed]
 
 
 def relative(t: Layout, scale: Scale, weights: Array) -> Array:
@@ -172,8 +186,7 @@ def solve(
     """
     xp = array_namespace(ab)
     a, b = ab[IN, ...], ab[OUT, ...]
-    x = a * b
-    d = found.q / x
+    d = found.q / a / b
     d = d if norm is None else d / norm
     clip = None
     if squares is not None:
@@ -184,32 +197,32 @@ def solve(
     r = None
     for o in {id(o): o for o in methods if o is not None}.values():
         e, _ = o.direction(1.0 * d if o.has_v else d, found.m if o.has_m else None, found.v)
-        new, mine = 1 - o.lr * e / x, [own is o for own in methods]
+        new, mine = 1 - o.lr * e / a / b, [own is o for own in methods]
         if o.has_v or not all(mine):  # otherwise e is 0 where there is no chain
-            new = xp.where(owned(t, mine), new, xp.ones_like(x) if r is None else r)
+            new = xp.where(owned(t, mine), new, xp.ones_like(d) if r is None else r)
         r = new
-    r = xp.ones_like(x) if r is None else r
+    r = xp.ones_like(d) if r is None else r
     limited = not isinstance(max_ratio, float) or math.isfinite(max_ratio)
     ratio = xp.copysign(xp.clip(xp.abs(r), 1 / max_ratio, max_ratio), r) if limited else r
     rho = take(ratio, t.roots)  # of every unit, and of the source of its in-edge
     known = xp.concat([ab, rho[:1, ...]])
     inverse = xp.reciprocal(known)
     in_weights = found.weights[IN, ...] * ratio / rho[1, ...]
-    new, more = ([xp.expand_dims(y, axis=0) for y in ys] for ys in ((in_weights, found.weights[OUT, ...], d), (r, x)))
-    checked = xp.concat([inverse, *new, known, *more])
-    finite, clamped = verdict(checked, found.largest, bounds, r != ratio)
+    new = (xp.expand_dims(y, axis=0) for y in (in_weights, found.weights[OUT, ...], d, r))
+    checked = xp.concat([inverse, *new, known])
+    finite, clamped = verdict(checked, found.magnitudes, bounds, r != ratio)
     return Solution(checked, clip, clamped, finite)
 
 
 def bounds_of(like: Array, types: Sequence[Any], gradients: int) -> Array:
-    """The largest magnitudes that a step may have: of `Solution.checked` by row, and of this number of gradients.
+    """The largest magnitudes that a step may have: of `Solution.checked` by row, and of so many `Gathered.magnitudes`.
 
     What is written, or multiplies what is, has to be finite in the types of the weights, too.
     """
     xp, where = array_namespace(like), device(like)
     real = real_type(xp, where)
     most, least = xp.finfo(real).max, min(xp.finfo(dtype).max for dtype in types)
-    return xp.asarray([*[least] * 5, most, *[least] * 3, *[most] * (2 + gradients)], dtype=real, device=where)
+    return xp.asarray([*[least] * 5, most, most, *[least] * 3, *[most] * gradients], dtype=real, device=where)
 
 
 def owned(t: Layout, wanted: Sequence[bool]) -> Array:
@@ -315,7 +328,7 @@ def step(
     ab = relative(t, scale, found.weights)
     squares = None if clip_norm is None else sum_of_squares(t, ab, gradients)
     taken = [None if g is None else o for g, o in zip(gradients, methods, strict=True)]
-    bounds = bounds_of(ab, types_of(weights), len(found.largest)) if bounds is None else bounds
+    bounds = bounds_of(ab, types_of(weights), len(found.magnitudes)) if bounds is None else bounds
     solution = solve(t, ab, found, norm, squares, taken, bounds, max_ratio, clip_norm)
     each = zip(t.arrays, spread(t, solution, weights, methods), weights, gradients, moments, methods, strict=True)
     return (apply(a, f, solution.finite, *own) for a, f, *own in each), solution

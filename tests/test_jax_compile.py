@@ -47,8 +47,8 @@ def compiled(make: Callable[[Any], Any], depth: int) -> Program:
 @pytest.mark.parametrize(
     ("make", "most", "kernels"),
     [
-        (lambda net: gopt.gsgd(0.1, net, momentum=0.9), 2.2, 31),
-        (lambda net: gopt.gadam(0.1, net), 3.2, 40),
+        (lambda net: gopt.gsgd(0.1, net, momentum=0.9), 2.0, 22),
+        (lambda net: gopt.gadam(0.1, net), 3.0, 28),
     ],
     ids=["gsgd", "gadam"],
 )

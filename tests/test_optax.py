@@ -358,6 +358,24 @@ def test_a_step_that_is_not_finite_is_left_out() -> None:
     jax.tree.map(np.testing.assert_array_equal, after._replace(skipped=state.skipped), state)
 
 
+@pytest.mark.parametrize("where", ["kernel", "bias"])
+@pytest.mark.parametrize("layer", [0, 1])
+@pytest.mark.parametrize("value", [jnp.nan, -jnp.inf])
+def test_one_entry_of_many_that_is_not_finite_is_seen(layer: int, where: str, value: float) -> None:
+    """Some reductions of XLA overlook NaN in arrays of this size."""
+    keys = jax.random.split(jax.random.key(0), 2)
+    params = [{"kernel": jax.random.normal(k, (96, 96)) / 8, "bias": jnp.zeros(96)} for k in keys]
+    net = gsgd.jax.trace(lambda p, x: jax.nn.relu(x @ p[0]["kernel"] + p[0]["bias"]) @ p[1]["kernel"] + p[1]["bias"],
+                         params, jnp.ones((2, 96)))  # fmt: skip
+    for tx in (gopt.gsgd(0.01, net, momentum=0.9), gopt.gadam(0.01, net)):
+        grads = jax.tree.map(jnp.ones_like, params)
+        spoilt = grads[layer][where].ravel().at[95].set(value)
+        grads[layer][where] = spoilt.reshape(params[layer][where].shape)
+        updates, after = jax.jit(tx.update)(grads, tx.init(params), params)
+        assert all((np.asarray(u) == 0).all() for u in jax.tree.leaves(updates))
+        assert (int(after.skipped), int(after.count)) == (1, 0)
+
+
 def test_parameters_of_numpy_and_no_gradient() -> None:
     params = jax.tree.map(np.asarray, start(jax.random.key(0)))
     tx = gopt.gsgd(0.1, chain())

@@ -95,7 +95,9 @@ class ArrayEngine(CountingEngine):
         )
         self.layout = convert(t, self.asarray)
         self.weights = [self._of(self.aliases, group) for group in self.groups]
-        count = sum(g and p.numel() > 0 for p, g in zip(self.aliases, given, strict=True))
+        sizes = [p.numel() if g else 0 for p, g in zip(self.aliases, given, strict=True)]
+        checked = stages.unsummed(t, [[sizes[i] for i in group] for group in self.groups])
+        count = sum(size > 0 for group in checked for size in group)
         self.bounds = stages.bounds_of(self.scale.c, [p.dtype for p in self.aliases], count)
 
     def _of(self, tensors: Sequence[Any], group: Group) -> Any:

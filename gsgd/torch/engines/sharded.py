@@ -26,7 +26,7 @@ class ShardedEngine(Engine):
     """Gather on what is here, sum over processes, solve everywhere alike, apply to what is here.
 
     The sums are of S per unit, weights, gradients and moments of tree edges, and of something that tells where a
-    gradient is not finite: then the step is left out on all.
+    gradient is not finite, unless S does: then the step is left out on all.
     """
 
     name: ClassVar[EngineName] = "sharded"
@@ -160,13 +160,13 @@ class ShardedArrayEngine(ShardedEngine, CountingEngine):
 
     def total(self, found: stages.Gathered) -> stages.Gathered:
         """What all processes have gathered, by one all-reduce."""
-        per_unit = {name: x for name, x in vars(found).items() if name != "largest" and x is not None}
-        unfit = sum((~x.isfinite() for x in found.largest), start=torch.zeros_like(found.q[:1]))
+        per_unit = {name: x for name, x in vars(found).items() if name != "magnitudes" and x is not None}
+        unfit = sum((~x.isfinite() for x in found.magnitudes), start=torch.zeros_like(found.q[:1]))
         total = self.shards.total(torch.cat([*(x.reshape(-1) for x in per_unit.values()), unfit]))
         parts = torch.split(total[:-1], [x.numel() for x in per_unit.values()])
         sums = {name: part.reshape(x.shape) for (name, x), part in zip(per_unit.items(), parts, strict=True)}
         sums["weights"] = sums["weights"] + self.absent
-        return replace(found, **sums, largest=[torch.where(total[-1] == 0, 0.0, torch.inf)])
+        return replace(found, **sums, magnitudes=[torch.where(total[-1] == 0, 0.0, torch.inf)])
 
 
 def _rows(m: Sequence[Any], v: Sequence[Any]) -> int:
