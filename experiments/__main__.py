@@ -16,7 +16,7 @@ import throughput
 import torch
 from architectures import CONV_NETS
 from data import DEFAULT_FOLDER
-from methods import FAMILIES
+from methods import FAMILIES, PAPER_GAINS
 from plans import CONV_SETS, DENSE_SETS, PLANS, Plan, Scale, counts
 from training import Run, ended, key_of, read_rows, train_all
 
@@ -57,6 +57,8 @@ def parser() -> argparse.ArgumentParser:
         if plan.paper.sets:
             own = CONV_SETS if plan.paper.nets else DENSE_SETS
             one.add_argument("--sets", nargs="+", choices=own, help="data sets")
+        if plan.paper.feed_forward:
+            one.add_argument("--feed-forward", nargs="+", choices=plan.paper.feed_forward, help="of transformers")
         if plan.by_rate:
             one.add_argument("--families", nargs="+", choices=FAMILIES, help="optimizers, compared with their variants")
     return top
@@ -67,7 +69,8 @@ def scale_of(plan: Plan, options: argparse.Namespace) -> Scale:
     scale = plan.paper if options.protocol == "paper" else plan.laptop
     given = {"epochs": options.epochs, "seeds": options.seeds, "widths": options.width, "rates": options.rates,
              "images": options.images, "conv_images": options.images, "nets": getattr(options, "nets", None),
-             "sets": getattr(options, "sets", None), "families": getattr(options, "families", None)}  # fmt: skip
+             "sets": getattr(options, "sets", None), "families": getattr(options, "families", None),
+             "feed_forward": getattr(options, "feed_forward", None)}  # fmt: skip
     changed: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items() if v is not None}
     return replace(scale, **changed)
 
@@ -129,8 +132,12 @@ def train(command: str, options: argparse.Namespace, out: Path) -> str:
     best = f"\n\n{report.overview(runs, rows)}\n\n{report.summary(runs, rows)}" if plan.by_rate else ""
     size = f"\n\n{counts(scale.widths)}" if command == "invariance" else ""
     text = f"{head}\n{left}{size}{best}\n\n{report.table(runs, rows)}\n"
-    if {run.name for run in runs} >= {name for pair in report.GAINS.values() for name in pair}:
+    methods = {run.name for run in runs}
+    if methods >= {name for pair in report.GAINS.values() for name in pair}:
         text += f"\nGains by start and step, seed by seed (positive: the second is better):\n\n{report.gains(rows)}\n"
+    if pairs := {what: pair for what, pair in PAPER_GAINS.items() if methods.issuperset(pair)}:
+        found = report.gains(rows, pairs, report.interval)
+        text += f"\nGains, seed by seed, in training loss and test error, ± Student's 95 % interval:\n\n{found}\n"
     return text
 
 

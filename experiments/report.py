@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import cycle, product
 from pathlib import Path
 from statistics import mean, stdev
@@ -98,23 +98,24 @@ GAINS = {
 }
 
 
-def gains(rows: Sequence[Row]) -> str:
+def gains(rows: Sequence[Row], pairs: Mapping[str, tuple[str, str]] = GAINS, shown: Callable[..., str] = spread) -> str:
     """Markdown: what the start and the step gain, in training loss and in points of test error, seed by seed.
 
-    At one learning rate the paper's comparison, in the first column, is the sum of the next two.
+    At one learning rate the paper's comparison, in the first column of `GAINS`, is the sum of the next two. Of pairs of
+    methods the seeds are compared that both have.
     """
     final = final_rows(rows)
-    lines = [f"| setting | lr | {' | '.join(GAINS)} |", "|---" * (len(GAINS) + 2) + "|"]
+    lines = [f"| setting | lr | {' | '.join(pairs)} |", "|---" * (len(pairs) + 2) + "|"]
     for setting in dict.fromkeys(setting for setting, _ in final):
-        rates = sorted(final[setting, "SGD, He start"], reverse=True)
+        rates = sorted(final[setting, next(iter(pairs.values()))[0]], reverse=True)
         for lr in [*rates, None] if len(rates) > 1 else rates:
             cells = []
-            for pair in GAINS.values():
+            for pair in pairs.values():
                 ends = [final[setting, name] for name in pair]
-                first, second = (sorted(end[best(end) if lr is None else lr], key=lambda r: r["seed"]) for end in ends)
-                both = list(zip(first, second, strict=True))
-                loss = spread([one["train_loss"] - two["train_loss"] for one, two in both])
-                error = spread([100 * (one["test_error"] - two["test_error"]) for one, two in both], " pt")
+                first, second = ({r["seed"]: r for r in end[best(end) if lr is None else lr]} for end in ends)
+                both = [(first[seed], second[seed]) for seed in sorted(first.keys() & second.keys())]
+                loss = shown([one["train_loss"] - two["train_loss"] for one, two in both])
+                error = shown([100 * (one["test_error"] - two["test_error"]) for one, two in both], " pt")
                 cells.append("diverged" if loss == "diverged" else f"{loss}, {error}")
             lines.append(f"| {setting} | {'best' if lr is None else format(lr, 'g')} | {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -127,9 +128,12 @@ def over_seeds(by_rate: dict[float, list[Row]], run: Run) -> list[list[float]]:
     return [[guessing if math.isnan(x := row["train_loss"]) else min(x, guessing) for row in end] for end in ends]
 
 
-def interval(values: Sequence[float]) -> str:
+def interval(values: Sequence[float], unit: str = "") -> str:
     """Mean and Student's 95 % interval over seeds."""
-    return f"{mean(values):+.3f} ± {half_width(values):.3f}"
+    if any(math.isnan(v) for v in values):
+        return "diverged"
+    digits = 1 if unit else 3
+    return f"{mean(values):+.{digits}f} ± {half_width(values):.{digits}f}{unit}"
 
 
 def best_and_grid(by_rate: dict[float, list[Row]], run: Run) -> tuple[list[float], list[float]]:

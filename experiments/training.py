@@ -129,7 +129,7 @@ def evaluate(model: nn.Module, x: Tensor, y: Tensor) -> tuple[float, float]:
     """Mean cross-entropy and the fraction of wrong answers, in evaluation mode."""
     model.eval()
     loss, wrong = 0.0, 0
-    for xs, ys in zip(x.split(2048), y.split(2048), strict=True):
+    for xs, ys in zip(x.split(256), y.split(256), strict=True):
         logits = model(xs)
         loss += cross_entropy(logits, ys, "sum").item()
         wrong += int((logits.argmax(-1) != ys).sum())
