@@ -126,12 +126,11 @@ def products(a: ArrayLayout, w: Array, g: Array | None, real: Any) -> tuple[list
         none = xp.zeros(a.edges.shape, dtype=w.dtype, device=where)
         return [xp.zeros((n,), dtype=real, device=where) for n in sizes], none
     at_edges = take(g, a.index)
-    if a.parts or a.cols:
-        w, g = wide(w), wide(g)
-        if a.parts:
-            g *= w
-        else:
-            g = w * g
+    if a.parts:
+        g = wide(g)
+        g *= wide(w)
+    elif a.cols:
+        g = wide(w) * wide(g)
     with_columns = [(own, view) for own, view in views(a, g) if own.cols]
     return [xp.reshape(xp.sum(x, axis=own.over_rows, dtype=real), (-1,)) for own, x in with_columns], at_edges
 

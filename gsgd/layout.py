@@ -177,9 +177,7 @@ class Layout:
         For products along both trees: after each jump a unit has gathered twice as many. They index as `owner` does.
     sums : tuple of int arrays, shapes (n, k)
         For q per chain (METHOD.md, section 2). The first adds up entries of a vector, (positions + E + 1,): one number
-        per position, one per tree edge, and 0; the next does so with the sums. The last row of each sums to 0.
-    sum_of : int array, shape (H + 1,)
-        Which of the last sums is q of a unit's chain; 0 where it has none.
+        per position, one per tree edge, and 0; the next does so with the sums, and the last has H + 1 rows.
     sign : array, shape (positions + E + 1,)
         1 or -1: whether they are added or subtracted.
     ends : array, shape (2,)
@@ -201,7 +199,6 @@ class Layout:
     array: Array
     jumps: tuple[Array, ...]
     sums: tuple[Array, ...]
-    sum_of: Array
     sign: Array
     ends: Array
     factors: Array
@@ -296,24 +293,14 @@ def layout(
             )
         )
     all_rows, all_cols = (np.concatenate([np.zeros(0, np.int64), *found]) for found in (rows, cols))
-    sums, sum_of = _sums(_owners(root, all_cols, owner), units)
     return Layout(
-        arrays=tuple(arrays),
-        rows=all_rows.astype(np.int32),
-        cols=all_cols.astype(np.int32),
-        owner=owner.astype(np.int32),
-        edge=edge.astype(np.int32),
-        reads=_reads(edge, chain, arrays),
+        **_tables(arrays, all_rows, all_cols, owner, edge, chain, root),
         end=end.astype(np.int32),
         roots=np.stack([root, root[end[IN]]]).astype(np.int32),
         chain=chain,
         array=array.astype(np.int32),
         jumps=jumps,
-        sums=sums,
-        sum_of=sum_of,
-        sign=_signs(all_cols, owner),
         ends=np.array([0.0, 1.0]),
-        factors=_factors(all_rows, all_cols, owner, units),
     )
 
 
@@ -378,21 +365,8 @@ def part(t: Layout, held: Sequence[Sequence[NDArray[np.int64]] | None]) -> Layou
     of_edge[numbers] = np.arange(len(numbers))
     owner = t.owner[numbers]
     all_rows, all_cols = (np.concatenate([np.zeros(0, np.int32), *found]) for found in (rows, cols))
-    sums, sum_of = _sums(_owners(t.root, all_cols, owner), units)
-    return replace(
-        t,
-        arrays=tuple(arrays),
-        rows=all_rows,
-        cols=all_cols,
-        owner=owner,
-        edge=of_edge[t.edge],
-        reads=_reads(of_edge[t.edge], t.chain, arrays),
-        sums=sums,
-        sum_of=sum_of,
-        sign=_signs(all_cols, owner),
-        ends=np.zeros(2),
-        factors=_factors(all_rows, all_cols, owner, units),
-    )
+    tables = _tables(arrays, all_rows, all_cols, owner, of_edge[t.edge], t.chain, t.root)
+    return replace(t, **tables, ends=np.zeros(2))
 
 
 def join(t: Layout, groups: Sequence[tuple[int, ...]], strides: Sequence[tuple[int, ...]]) -> Layout:
@@ -664,6 +638,30 @@ def _merged(ids: Ids, a: ArrayLayout) -> Ids:
     return ids.reshape(*ids.shape[:g], -1, *ids.shape[g + 2 :])
 
 
+def _tables(
+    arrays: Sequence[ArrayLayout],
+    rows: NDArray[Any],
+    cols: NDArray[Any],
+    owner: NDArray[Any],
+    edge: NDArray[Any],
+    chain: NDArray[np.bool_],
+    root: NDArray[Any],
+) -> dict[str, Any]:
+    """What differs between a layout and its parts: these, and what follows from them."""
+    units = len(root) - 1
+    return {
+        "arrays": tuple(arrays),
+        "rows": rows.astype(np.int32),
+        "cols": cols.astype(np.int32),
+        "owner": owner.astype(np.int32),
+        "edge": edge.astype(np.int32),
+        "reads": _reads(edge, chain, arrays),
+        "sums": _sums(_owners(root, cols, owner), units),
+        "sign": _signs(cols, owner),
+        "factors": _factors(rows, cols, owner, units),
+    }
+
+
 def _owners(root: NDArray[Any], cols: NDArray[Any], owner: NDArray[Any]) -> NDArray[np.int64]:
     """Whose q each position and each tree edge enters, H for none: S of positions, less what free edges add to it."""
     units = len(root) - 1
@@ -693,22 +691,21 @@ def _factors(rows: NDArray[Any], cols: NDArray[Any], owner: NDArray[Any], units:
     return np.concatenate((cols, n + rows, 2 * n + cols, 3 * n + owner, slopes)).astype(np.int32)
 
 
-def _sums(owner: NDArray[np.int64], units: int, width: int = 64) -> tuple[tuple[Ids, ...], Ids]:
-    """Tables that add up numbers by owner, at most `width` at once, and where the sums are; owners `units` have 0."""
+def _sums(owner: NDArray[np.int64], units: int, width: int = 64, last: int = 16) -> tuple[Ids, ...]:
+    """Tables that add up numbers by owner, at most `width` at once, in the last table `last`; owners `units` have 0."""
     items = np.argsort(owner, kind="stable")[: np.count_nonzero(owner < units)]
-    of, own = np.unique(owner[items], return_inverse=True)
-    zero = len(owner)
+    own, zero = owner[items], len(owner)
     tables: list[Ids] = []
     while True:
-        count = np.bincount(own, minlength=len(of))
+        count = np.bincount(own, minlength=units)
         rank = np.arange(len(own)) - (np.cumsum(count) - count)[own]
+        most = int(count.max(initial=1))
+        if most <= last:
+            table = np.full((units + 1, most), zero, dtype=np.int32)
+            table[own, rank] = items
+            return (*tables, table)
         lines = -(-count // width)
-        table = np.full((lines.sum() + 1, min(width, count.max(initial=1))), zero, dtype=np.int32)
+        table = np.full((lines.sum() + 1, min(width, most)), zero, dtype=np.int32)
         table[(np.cumsum(lines) - lines)[own] + rank // width, rank % width] = items
         tables.append(table)
-        zero = len(table) - 1
-        if zero == len(of):
-            places = np.full(units + 1, zero, dtype=np.int32)
-            places[of] = np.arange(zero)
-            return tuple(tables), places
-        own, items = np.repeat(np.arange(len(of)), lines), np.arange(zero)
+        own, items, zero = np.repeat(np.arange(units), lines), np.arange(lines.sum()), len(table) - 1

@@ -123,21 +123,22 @@ def gather(t: Layout, weights: Sequence[Array], sums: Sequence[Array | None], mo
         if a.edges.size or any(x.cols for x in a.arrays):
             w = read(w)
             own_weights.append(take(w, a.index))
-            found, at_edges = products(a, w, None if g is None else read(g), real)
+            found, g_at_edges = products(a, w, None if g is None else read(g), real)
             columns += found
-            slopes.append(at_edges)
+            slopes.append(g_at_edges)
             if a.has_chains:
                 for row, x in zip(rows, (own[k] for k in kinds), strict=True):
-                    row.append(xp.zeros_like(at_edges) if x is None else take(x, a.index))
-    # rounded as they are in the sums, so that a free edge without others leaves exactly 0
-    at_edges = [wide(xp.concat(slopes)) * wide(xp.concat(own_weights))] if slopes else []
+                    row.append(xp.zeros_like(g_at_edges) if x is None else take(x, a.index))
+    # g and w of tree edges; their products are rounded as in the sums: a free edge without others leaves exactly 0
+    both = wide(xp.concat([*slopes, *own_weights])) if slopes else t.ends[:0]
+    half = both.shape[0] // 2
     zero, one = t.ends[:1], t.ends[1:]
-    numbers = xp.concat([*columns, *at_edges, zero, *own_weights, one, *(x for row in rows for x in (*row, zero))])
+    at_edges = (both[:half] * both[half:], zero, both[half:], one, *(x for row in rows for x in (*row, zero)))
+    numbers = xp.concat([*columns, *at_edges])
     n = t.sign.shape[0]
     q = numbers[:n] * t.sign
-    for places in t.sums:
-        q = xp.sum(take(q, places), axis=1)
-    q = take(q, t.sum_of)
+    for entries in t.sums:
+        q = xp.sum(take(q, entries), axis=1)
     table = take(numbers[n:], t.reads[: 2 + len(kinds), ...])
     m, v = table[2, ...] if 0 in kinds else None, table[-1, ...] if 1 in kinds else None
     return Gathered(q, table[:2, ...], m, v, magnitudes(unsummed(t, sums)))

@@ -95,9 +95,8 @@ class ArrayEngine(CountingEngine):
         )
         self.layout = convert(t, self.asarray)
         self.weights = [self._of(self.aliases, group) for group in self.groups]
-        sizes = [p.numel() if g else 0 for p, g in zip(self.aliases, given, strict=True)]
-        checked = stages.unsummed(t, [[sizes[i] for i in group] for group in self.groups])
-        count = sum(size > 0 for group in checked for size in group)
+        checked = [i for group in stages.unsummed(t, self.groups) for i in group]
+        count = sum(given[i] and self.aliases[i].numel() > 0 for i in checked)
         self.bounds = stages.bounds_of(self.scale.c, [p.dtype for p in self.aliases], count)
 
     def _of(self, tensors: Sequence[Any], group: Group) -> Any:
