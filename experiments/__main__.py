@@ -16,7 +16,7 @@ import throughput
 import torch
 from architectures import CONV_NETS
 from data import DEFAULT_FOLDER
-from methods import FAMILIES, PAPER_GAINS
+from methods import FAMILIES
 from plans import CONV_SETS, DENSE_SETS, PLANS, Plan, Scale, counts
 from training import Run, ended, key_of, read_rows, train_all
 
@@ -135,7 +135,7 @@ def train(command: str, options: argparse.Namespace, out: Path) -> str:
     methods = {run.name for run in runs}
     if methods >= {name for pair in report.GAINS.values() for name in pair}:
         text += f"\nGains by start and step, seed by seed (positive: the second is better):\n\n{report.gains(rows)}\n"
-    if pairs := {what: pair for what, pair in PAPER_GAINS.items() if methods.issuperset(pair)}:
+    if pairs := {what: pair for what, pair in report.PAPER_GAINS.items() if methods.issuperset(pair)}:
         found = report.gains(rows, pairs, report.interval)
         text += f"\nGains, seed by seed, in training loss and test error, ± Student's 95 % interval:\n\n{found}\n"
     return text

@@ -179,17 +179,6 @@ def paper_lines(blocks: Sequence[int], shortcut: str) -> dict[str, Method]:
     }
 
 
-PAPER_GAINS = {
-    "start, inner": ("SGD, default start", "SGD, ones start, inner"),
-    "step, inner": ("SGD, ones start, inner", "G-SGD ones, inner"),
-    "step, released": ("SGD, ones start, inner", "G-SGD ones, released"),
-    "start, text": ("SGD, default start", "SGD, ones start, text"),
-    "step, text": ("SGD, ones start, text", "G-SGD ones, text"),
-    "balanced": ("SGD, default start", "G-SGD balanced"),
-    "initial": ("SGD, default start", "G-SGD initial"),
-}
-
-
 def arrays_of(model: nn.Module) -> dict[str, NDArray[Any]]:
     """The parameters: their own memory on the CPU, copies of it elsewhere."""
     return {name: p.detach().cpu().numpy() for name, p in model.named_parameters()}

@@ -96,6 +96,15 @@ GAINS = {
     "SGD He - G-SGD initial": ("SGD, He start", "G-SGD initial"),
     "SGD He - G-SGD balanced": ("SGD, He start", "G-SGD balanced"),
 }
+PAPER_GAINS = {  # of `paper_5_1`, where some may be left out
+    "start, inner": ("SGD, default start", "SGD, ones start, inner"),
+    "step, inner": ("SGD, ones start, inner", "G-SGD ones, inner"),
+    "step, released": ("SGD, ones start, inner", "G-SGD ones, released"),
+    "start, text": ("SGD, default start", "SGD, ones start, text"),
+    "step, text": ("SGD, ones start, text", "G-SGD ones, text"),
+    "balanced": ("SGD, default start", "G-SGD balanced"),
+    "initial": ("SGD, default start", "G-SGD initial"),
+}
 
 
 def gains(rows: Sequence[Row], pairs: Mapping[str, tuple[str, str]] = GAINS, shown: Callable[..., str] = spread) -> str:
