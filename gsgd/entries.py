@@ -29,7 +29,10 @@ def take(x: Array, index: Any) -> Array:
 
 @cache
 def _take() -> Callable[[Array, Array], Array]:
-    """For JAX, traced once for all arrays alike: its own indexing would look for negative ones."""
+    """For JAX, traced once for all arrays alike, and no call in what is compiled: each would be copied and inlined.
+
+    Its own indexing would look for negative ones.
+    """
     import jax
 
     def gather(x: Array, index: Array) -> Array:
@@ -37,7 +40,7 @@ def _take() -> Callable[[Array, Array], Array]:
         numbers = jax.lax.GatherDimensionNumbers((), collapsed_slice_dims=axes, start_index_map=axes)
         return jax.lax.gather(x, index, numbers, (1,) * x.ndim, mode="promise_in_bounds")
 
-    return jax.jit(gather)
+    return jax.jit(gather, inline=True)
 
 
 def read(x: Array | Sequence[Array]) -> Array:
