@@ -267,7 +267,8 @@ def against_start(runs: Sequence[Run], rows: Sequence[Row], path: Path) -> None:
         losses, rates = over_seeds(final[setting, name], run), sorted(final[setting, name])
         style, width = looks[run.task.rescaled]
         colour = _role(name, run)["color"]
-        panel.plot(rates, [mean(x) for x in losses], style, color=colour, linewidth=width, label=f"{name}, {start}")
+        line, label = [mean(x) for x in losses], f"{name}, {start}"
+        panel.plot(rates, line, style, marker=".", color=colour, linewidth=width, label=label)
         low, high = ([of(x) for x in losses] for of in (min, max))
         panel.fill_between(rates, low, high, color=colour, alpha=0.1, linewidth=0)
         panel.set(xscale="log", yscale="log", xlabel="learning rate", title=task)
