@@ -279,9 +279,15 @@ def failures(mesh: DeviceMesh) -> dict[str, Any]:
         try:
             make()
             found[what] = "accepted"
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, RuntimeError) as error:
             found[what] = str(error)
 
+    state = opt.state[shard.mid.weight]
+    negative = torch._neg_view(-state["momentum_buffer"].to_local())
+    state["momentum_buffer"] = DTensor.from_local(negative, mesh, [Shard(0)])
+    refused("negative moments", opt.step)
+    same = [torch.equal(p.to_local(), w) for p, w in zip(shard.parameters(), before, strict=True)]
+    found["untouched"] &= all(same)
     refused("largest", lambda: GSGD(shard, network=net, rule="largest"))
     half = sharded(copy.deepcopy(model).bfloat16(), mesh)
     refused("engine", lambda: GSGD(half, network=net, engine="core"))

@@ -103,6 +103,7 @@ def test_failures(found: dict[int, list[dict[str, Any]]]) -> None:
     result = found[2][0]["failures"]
     assert result["untouched"]
     assert result["stats"] == "Stats(steps=3, clamped=0, skipped=1)"
+    assert "negative bit" in result["negative moments"]
     assert result["largest"].startswith("rule: expected 'modulo' for sharded parameters")
     assert result["engine"].startswith("engine 'core': takes float32 and float64 parameters")
     assert result["no network"].startswith("network: expected that of the model before it was sharded")

@@ -50,11 +50,7 @@ class CoreEngine(Engine):
             found, sums, norm = batch_norm_gradients(self.net, self.arrays, self.as_arrays(gradients), self.trees[0])
         else:
             found = gradients if can_read(gradients) else self.as_arrays(gradients)
-        # of moments a copy won't do: NumPy refuses the negative bit
-        moments = (
-            kind if can_read(kind) else [None if x is None else x.detach().numpy() for x in kind]
-            for kind in step.moments
-        )
+        moments = (kind if can_read(kind) else views(kind) for kind in step.moments)
         rows = [tuple(map(float, o.row)) for o in step.methods]
         if rows != self.rows or which != self.which:
             self.rows, self.which = rows, which
@@ -74,7 +70,17 @@ class CoreEngine(Engine):
 
     def as_arrays(self, gradients: Tensors) -> list[NDArray[Any] | None]:
         """NumPy views of gradients."""
-        return [None if g is None else g.resolve_neg().numpy() for g in self.checked(gradients)]
+        return views(resolved(self.checked(gradients)))
+
+
+def views(tensors: Tensors) -> list[NDArray[Any] | None]:
+    """What lies there, to be written to: NumPy takes no tensor whose values are to be read with the other sign."""
+    return [None if x is None else x.detach().numpy() for x in tensors]
+
+
+def resolved(gradients: Tensors) -> Tensors:
+    """Gradients, or copies of those whose values are to be read with the other sign."""
+    return [None if g is None else g.resolve_neg() for g in gradients]
 
 
 def can_read(tensors: Tensors) -> bool:

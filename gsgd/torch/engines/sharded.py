@@ -19,6 +19,7 @@ from gsgd.core_shard import shard_plan
 from gsgd.layout import Layout, convert, network_layout, part
 from gsgd.network import Network
 from gsgd.torch.engines.base import CountingEngine, Engine, EngineName, Step, Tensors, to_device
+from gsgd.torch.engines.core import resolved, views
 from gsgd.torch.shards import Shards, local
 
 
@@ -81,8 +82,7 @@ class ShardedCoreEngine(ShardedEngine, CountingEngine):
         self.trees = np.stack([np.append(0.0, np.where(has_edges, w, 0.0)) for w in coordinates.scale[:2]])
 
     def step_here(self, step: Step) -> None:
-        kinds = (step.gradients, *step.moments)
-        g, m, v = ([None if x is None else x.resolve_neg().numpy() for x in kind] for kind in kinds)
+        g, m, v = map(views, (resolved(step.gradients), *step.moments))
 
         def total() -> NDArray[np.float64]:
             found = self.plan.gather(self.weights, g, None, m, v, step.clip_norm, self.trees, step.threads)
