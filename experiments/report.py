@@ -138,11 +138,12 @@ def over_seeds(by_rate: dict[float, list[Row]], run: Run) -> list[list[float]]:
 
 
 def interval(values: Sequence[float], unit: str = "") -> str:
-    """Mean and Student's 95 % interval over seeds."""
+    """Mean and Student's 95 % interval over seeds, of one seed the number alone."""
     if any(math.isnan(v) for v in values):
         return "diverged"
     digits = 1 if unit else 3
-    return f"{mean(values):+.{digits}f} ± {half_width(values):.{digits}f}{unit}"
+    around = f" ± {half_width(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{mean(values):+.{digits}f}{around}{unit}"
 
 
 def best_and_grid(by_rate: dict[float, list[Row]], run: Run) -> tuple[list[float], list[float]]:
