@@ -137,13 +137,13 @@ def over_seeds(by_rate: dict[float, list[Row]], run: Run) -> list[list[float]]:
     return [[guessing if math.isnan(x := row["train_loss"]) else min(x, guessing) for row in end] for end in ends]
 
 
-def interval(values: Sequence[float], unit: str = "") -> str:
+def interval(values: Sequence[float], unit: str = "", sign: str = "+") -> str:
     """Mean and Student's 95 % interval over seeds, of one seed the number alone."""
     if any(math.isnan(v) for v in values):
         return "diverged"
     digits = 1 if unit else 3
     around = f" ± {half_width(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{mean(values):+.{digits}f}{around}{unit}"
+    return f"{mean(values):{sign}.{digits}f}{around}{unit}"
 
 
 def best_and_grid(by_rate: dict[float, list[Row]], run: Run) -> tuple[list[float], list[float]]:
@@ -153,9 +153,9 @@ def best_and_grid(by_rate: dict[float, list[Row]], run: Run) -> tuple[list[float
 
 
 def half_width(values: Sequence[float]) -> float:
-    """Of Student's 95 % interval over seeds."""
+    """Of Student's 95 % interval over two seeds or more."""
     quantiles = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}
-    return quantiles[len(values)] * stdev(values) / len(values) ** 0.5 if len(values) > 1 else math.nan
+    return quantiles[len(values)] * stdev(values) / len(values) ** 0.5
 
 
 def overview(runs: Sequence[Run], rows: Sequence[Row]) -> str:
@@ -175,8 +175,7 @@ def overview(runs: Sequence[Run], rows: Sequence[Row]) -> str:
                 if (setting, name) in final
                 else []
             )
-            diverged = any(math.isnan(x) for x in end)
-            cells.append("diverged" if diverged else f"{mean(end):.3f} ± {half_width(end):.3f}" if end else "")
+            cells.append(interval(end, sign="") if end else "")
         lines.append(f"| {setting} | {' | '.join(cells)} |")
     return "\n".join(lines)
 

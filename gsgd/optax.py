@@ -327,7 +327,7 @@ def _transformation(
             trees.layout,
             stages.Scale(
                 _of_both(reference.in_weights, reference.out_weights),
-                _of_both(1.0, reference.c) / _of_both(reference.c, 1.0),
+                _of_both(1.0, reference.c) / _of_both(reference.c, 1.0),  # 1 / c alone would be another kernel
             ),
             weights,
             gradients,
